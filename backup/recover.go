@@ -1,0 +1,348 @@
+package backup
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/holdfast-backup/holdfast/hypervisor"
+	"github.com/holdfast-backup/holdfast/internal/clock"
+	"github.com/holdfast-backup/holdfast/internal/journal"
+	"github.com/holdfast-backup/holdfast/internal/lease"
+	"github.com/holdfast-backup/holdfast/repository"
+)
+
+// RecoverOptions say how Recover finds what interrupted runs used.
+type RecoverOptions struct {
+	// StateDir holds the journals of runs of this host.
+	StateDir string
+	// Connect opens the hypervisor of an endpoint that a run recorded.
+	Connect func(ctx context.Context, endpoint string) (hypervisor.Hypervisor, error)
+	// OpenRepository opens the repository of a location that a run recorded.
+	OpenRepository func(ctx context.Context, location string) (repository.Repository, error)
+	// Location, if set, is a repository whose notes are gone through too: they
+	// hold the obligations of runs of other hosts.
+	Location string
+
+	Takeover func(holder string) bool // as in Options
+	Clock    clock.Clock              // nil: the real one
+}
+
+// Recovered is what Recover did about one obligation.
+type Recovered struct {
+	Run    string
+	Kind   string // what was owed: "thaw", "snapshot", ...
+	VM     hypervisor.VMID
+	Object string
+	Err    error // nil: closed; else it stays open
+}
+
+// Recover closes what interrupted runs left open: guests are thawed first of
+// all, then snapshots released, baselines that no restore point needs forgotten,
+// unfinished VMs and files removed. Runs that are alive are left alone. What
+// cannot be closed stays open and is reported with its error; the error that is
+// returned beside the list means that the journals could not be read.
+func Recover(ctx context.Context, o RecoverOptions) ([]Recovered, error) {
+	if o.Clock == nil {
+		o.Clock = clock.Real()
+	}
+	if o.Takeover == nil {
+		o.Takeover = lease.Dead
+	}
+	rc := &recoverer{o: o, hvs: map[string]hypervisor.Hypervisor{}, repos: map[string]repository.Repository{}}
+	defer rc.close()
+	if err := rc.adopt(); err != nil {
+		return rc.done, err
+	}
+	if err := rc.notes(ctx); err != nil {
+		rc.done = append(rc.done, Recovered{Kind: "notes", Object: o.Location, Err: err})
+	}
+	rc.work(ctx)
+	rc.settle(ctx)
+	return rc.done, nil
+}
+
+// debt is an open obligation and where it is recorded.
+type debt struct {
+	journal.OpenObligation
+	run      *debtor
+	location string
+}
+
+// debtor is a run that owes something.
+type debtor struct {
+	run      string
+	j        *journal.Journal // nil: known from the repository's note alone
+	location string
+	debts    int // still open
+}
+
+type recoverer struct {
+	o     RecoverOptions
+	hvs   map[string]hypervisor.Hypervisor
+	repos map[string]repository.Repository
+	runs  []*debtor
+	debts []debt
+	done  []Recovered
+}
+
+// adopt takes over the journals of dead runs.
+func (rc *recoverer) adopt() error {
+	if rc.o.StateDir == "" {
+		return nil
+	}
+	dir, jopts := JournalDir(rc.o.StateDir), &journal.Options{Now: rc.o.Clock.Now}
+	entries, err := journal.List(dir, jopts)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Alive {
+			continue
+		}
+		j, err := journal.Adopt(dir, e.Run, jopts)
+		if errors.Is(err, journal.ErrAlive) {
+			continue
+		}
+		if err != nil {
+			rc.done = append(rc.done, Recovered{Run: e.Run, Kind: "journal", Object: e.Path, Err: err})
+			continue
+		}
+		d := &debtor{run: e.Run, j: j, location: e.Header.Repository}
+		rc.runs = append(rc.runs, d)
+		for _, ob := range j.Open() {
+			rc.debts = append(rc.debts, debt{OpenObligation: ob, run: d, location: e.Header.Repository})
+			d.debts++
+		}
+	}
+	return nil
+}
+
+// notes adds what the repository knows of runs of other hosts.
+func (rc *recoverer) notes(ctx context.Context) error {
+	if rc.o.Location == "" {
+		return nil
+	}
+	repo, err := rc.repo(ctx, rc.o.Location)
+	if err != nil {
+		return err
+	}
+	for n, err := range repo.Notes(ctx, notePrefix) {
+		if err != nil {
+			return err
+		}
+		run := strings.TrimPrefix(n.Name, notePrefix)
+		if slices.ContainsFunc(rc.runs, func(d *debtor) bool { return d.run == run }) || rc.alive(run) {
+			continue
+		}
+		var v note
+		if err := json.Unmarshal(n.Value, &v); err != nil {
+			return fmt.Errorf("note %s: %w", n.Name, err)
+		}
+		d := &debtor{run: run, location: rc.o.Location}
+		rc.runs = append(rc.runs, d)
+		kinds := []journal.Kind{journal.Snapshot, journal.Baseline}
+		if v.Frozen {
+			kinds = append(kinds, journal.Thaw)
+		}
+		for _, k := range kinds {
+			rc.debts = append(rc.debts, debt{run: d, location: rc.o.Location, OpenObligation: journal.OpenObligation{Obligation: journal.Obligation{
+				Kind: k, Endpoint: v.Endpoint, VM: string(v.VM), Object: v.Name, Data: map[string]string{"chain": v.Chain},
+			}}})
+			d.debts++
+		}
+	}
+	return nil
+}
+
+// alive reports whether a run of this host holds its journal.
+func (rc *recoverer) alive(run string) bool {
+	if rc.o.StateDir == "" {
+		return false
+	}
+	entries, err := journal.List(JournalDir(rc.o.StateDir), nil)
+	return err == nil && slices.ContainsFunc(entries, func(e journal.Entry) bool { return e.Run == run && e.Alive })
+}
+
+// work closes the debts in the canonical order over all runs: every guest is
+// thawed before anything else is done.
+func (rc *recoverer) work(ctx context.Context) {
+	slices.SortStableFunc(rc.debts, func(a, b debt) int { return cmp.Compare(a.Kind.Order(), b.Kind.Order()) })
+	for _, d := range rc.debts {
+		err := rc.pay(ctx, d)
+		if err == nil && d.run.j != nil {
+			err = d.run.j.Discharge(d.ID)
+		}
+		if err == nil {
+			d.run.debts--
+		}
+		rc.done = append(rc.done, Recovered{Run: d.run.run, Kind: string(d.Kind), VM: hypervisor.VMID(d.VM), Object: d.Object, Err: err})
+	}
+}
+
+func (rc *recoverer) pay(ctx context.Context, d debt) error {
+	if d.Kind == journal.LocalFile {
+		if err := os.Remove(d.Object); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	hv, err := rc.hypervisor(ctx, d.Endpoint)
+	if err != nil {
+		return err
+	}
+	vm := hypervisor.VMID(d.VM)
+	switch d.Kind {
+	case journal.Thaw:
+		err := hypervisor.Thaw(ctx, hv, vm)
+		if errors.Is(err, hypervisor.ErrNotFound) || errors.Is(err, errors.ErrUnsupported) {
+			return nil // no VM, or none that can be frozen
+		}
+		return err
+	case journal.Snapshot:
+		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository) error {
+			keep, err := committed(ctx, repo, d.run.run)
+			if err != nil {
+				return err
+			}
+			return releaseNamed(ctx, hv, vm, d.Object, keep)
+		})
+	case journal.Baseline:
+		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository) error {
+			return reconcile(ctx, hv, repo, vm, d.Data["chain"])
+		})
+	case journal.IncompleteVM:
+		return deleteIncomplete(ctx, hv, d.Object)
+	}
+	return fmt.Errorf("obligation of kind %s: %w", d.Kind, errors.ErrUnsupported)
+}
+
+// leased does something under the lease of the VM's chain.
+func (rc *recoverer) leased(ctx context.Context, d debt, do func(context.Context, repository.Repository) error) (err error) {
+	repo, err := rc.repo(ctx, d.location)
+	if err != nil {
+		return err
+	}
+	work, l, err := lease.Take(ctx, repo, leaseName(d.Data["chain"]), lease.Options{
+		Holder: lease.Holder("recover"), Takeover: rc.o.Takeover, Clock: rc.o.Clock,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		rctx, cancel := clock.WithTimeout(context.WithoutCancel(ctx), rc.o.Clock, repository.DefaultTTL)
+		defer cancel()
+		err = errors.Join(err, l.Release(rctx))
+	}()
+	return do(work, repo)
+}
+
+func committed(ctx context.Context, repo repository.Repository, run string) (bool, error) {
+	for p, err := range repo.Points(ctx, repository.Query{Run: run}) {
+		if err != nil {
+			return false, err
+		}
+		if p.State == repository.Committed {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// reconcile forgets the baselines of a repository that its newest point of the
+// chain does not stand on.
+func reconcile(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Repository, vm hypervisor.VMID, chain string) error {
+	p := &Plan{Chain: chain, VM: VMRef{ID: vm, Name: string(vm)}}
+	pt, err := newest(ctx, repo, p)
+	if err != nil {
+		return err
+	}
+	repo8, keep := repo.Info().Repo8(), ""
+	if pt != nil {
+		keep = hypervisor.Name{Repo: repo8, Run: pt.Run, Kind: snapKind}.String()
+	}
+	return forgetBaselines(ctx, hv, vm, func(b hypervisor.Baseline) bool { return b.Name != keep && ofRepo(b.Name, repo8) })
+}
+
+// deleteIncomplete removes a VM that a restore began and did not finish.
+func deleteIncomplete(ctx context.Context, hv hypervisor.Hypervisor, owner string) error {
+	target, ok := hv.(hypervisor.Target)
+	if !ok {
+		return fmt.Errorf("remove unfinished VM %s: %w", owner, errors.ErrUnsupported)
+	}
+	for vm, err := range hv.VMs(ctx, hypervisor.Query{Owner: owner}) {
+		if err != nil {
+			return err
+		}
+		if vm.Owner != owner || !vm.Incomplete {
+			continue // finished before the crash: it is the user's
+		}
+		if err := target.DeleteVM(ctx, vm.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settle closes the journals of runs that owe nothing any more.
+func (rc *recoverer) settle(ctx context.Context) {
+	for _, d := range rc.runs {
+		var err error
+		if d.debts == 0 && d.location != "" {
+			var repo repository.Repository
+			if repo, err = rc.repo(ctx, d.location); err == nil {
+				err = repo.DeleteNote(ctx, notePrefix+d.run)
+			}
+		}
+		if d.j != nil {
+			if cerr := d.j.Close(true); !errors.Is(cerr, journal.ErrOpen) {
+				err = errors.Join(err, cerr)
+			}
+		}
+		if err != nil {
+			rc.done = append(rc.done, Recovered{Run: d.run, Kind: "journal", Err: err})
+		}
+	}
+}
+
+func (rc *recoverer) hypervisor(ctx context.Context, endpoint string) (hypervisor.Hypervisor, error) {
+	if h, ok := rc.hvs[endpoint]; ok {
+		return h, nil
+	}
+	if rc.o.Connect == nil {
+		return nil, fmt.Errorf("no way to connect to %s: %w", endpoint, errors.ErrUnsupported)
+	}
+	h, err := rc.o.Connect(ctx, endpoint)
+	if err == nil {
+		rc.hvs[endpoint] = h
+	}
+	return h, err
+}
+
+func (rc *recoverer) repo(ctx context.Context, location string) (repository.Repository, error) {
+	if r, ok := rc.repos[location]; ok {
+		return r, nil
+	}
+	if rc.o.OpenRepository == nil {
+		return nil, fmt.Errorf("no way to open repository %s: %w", location, errors.ErrUnsupported)
+	}
+	r, err := rc.o.OpenRepository(ctx, location)
+	if err == nil {
+		rc.repos[location] = r
+	}
+	return r, err
+}
+
+func (rc *recoverer) close() {
+	for _, h := range rc.hvs {
+		_ = h.Close() // nothing is pending on it
+	}
+	for _, r := range rc.repos {
+		_ = r.Close()
+	}
+}
