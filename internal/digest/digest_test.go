@@ -84,3 +84,23 @@ func BenchmarkLeaves(b *testing.B) {
 		leaves = h.Leaves(leaves[:0], block)
 	}
 }
+
+func TestTreeIsTheRootOfItsSegments(t *testing.T) {
+	h := digest.New(repository.DigestKey{3})
+	const size = 2*digest.SegmentSpan + 3*repository.LeafSize + 100
+	require.Equal(t, digest.SegmentLeaves, digest.SegmentLen(size, 1))
+	require.Equal(t, 4, digest.SegmentLen(size, 2))
+	a, b, c := h.Leaf([]byte{1}), h.Leaf([]byte{2}), h.Leaf([]byte{3})
+
+	tree := h.Tree(size)
+	tree.Put((digest.SegmentLeaves-1)*repository.LeafSize, []repository.Digest{a, b}) // across segments
+	tree.Put(2*digest.SegmentSpan+3*repository.LeafSize, []repository.Digest{c})
+
+	first, second := make([]repository.Digest, digest.SegmentLeaves), make([]repository.Digest, digest.SegmentLeaves)
+	first[digest.SegmentLeaves-1], second[0] = a, b
+	root := h.Root(size)
+	root.Add(0, h.Segment(first))
+	root.Add(1, h.Segment(second))
+	root.Add(2, h.Segment([]repository.Digest{{}, {}, {}, c}))
+	require.Equal(t, root.Sum(), tree.Sum())
+}
