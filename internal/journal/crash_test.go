@@ -258,6 +258,29 @@ func TestCrashAndRecoverRepeatedly(t *testing.T) {
 	}
 }
 
+// A dead owner's unsynced records are visible to its heir. The heir must not call them durable
+// before they are: the power may go while the heir writes, and take them.
+func TestHeirSyncsFirst(t *testing.T) {
+	r := rand.New(rand.NewPCG(seed(t), 1))
+	for kill := 1; ; kill++ {
+		c := newCrashFS()
+		j, err := Create("d", "run1", Header{}, &Options{FS: c})
+		require.NoError(t, err)
+		require.NoError(t, j.Note("", "visible, not durable"))
+		c.killed()
+		c.killAt = c.ops + kill
+		_, err = Adopt("d", "run1", &Options{FS: c})
+		for range 50 {
+			live, err := List("d", &Options{FS: c.clone(true, 0, r)})
+			require.NoError(t, err)
+			require.NoError(t, live[0].Err)
+		}
+		if err == nil {
+			break
+		}
+	}
+}
+
 // Each operation fails once, a write after some of its bytes, and life goes on.
 func TestFaultOnce(t *testing.T) {
 	s0 := seed(t)
