@@ -16,6 +16,13 @@ const (
 	OpForgetBaseline Op = "ForgetBaseline"
 	OpClose          Op = "Close"
 
+	// Each element of an iteration, and its end, is a step of its own.
+	OpNextVM       Op = "VMs.next"
+	OpNextSnapshot Op = "Snapshots.next"
+	OpNextBaseline Op = "Baselines.next"
+	OpNextExtent   Op = "Snapshot.Extents.next"
+	OpNextStream   Op = "Snapshot.Stream.next"
+
 	OpExtents  Op = "Snapshot.Extents"
 	OpOpenDisk Op = "Snapshot.OpenDisk"
 	OpBaseline Op = "Snapshot.Baseline"
@@ -42,6 +49,7 @@ const (
 
 	OpOpenAttachment Op = "Attachment.Open"
 	OpReadAttachment Op = "Attachment.Read"
+	OpCloseAttached  Op = "Attachment.Close"
 
 	// Steps inside CreateSnapshot of the in-memory hypervisor.
 	StepFreeze     Op = "freeze"
