@@ -34,19 +34,25 @@ type rig struct {
 	claims []invariant.Claim
 }
 
+var seeds sync.Map
+
+// seed is one per test, so that one number replays it.
 func seed(t *testing.T) uint64 {
-	s := rand.Uint64()
+	fresh := rand.Uint64()
 	if v := os.Getenv("HOLDFAST_SEED"); v != "" {
 		var err error
-		s, err = strconv.ParseUint(v, 10, 64)
+		fresh, err = strconv.ParseUint(v, 10, 64)
 		require.NoError(t, err)
 	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("replay with HOLDFAST_SEED=%d go test ./backup -run '^%s$'", s, t.Name())
-		}
-	})
-	return s
+	s, old := seeds.LoadOrStore(t.Name(), fresh)
+	if !old {
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("replay with HOLDFAST_SEED=%d go test ./backup -run '^%s$'", s, t.Name())
+			}
+		})
+	}
+	return s.(uint64)
 }
 
 const (
@@ -385,3 +391,5 @@ func TestASecondRunOfTheSameVMIsRefused(t *testing.T) {
 	require.Equal(t, backup.Success, res.Status())
 	r.check()
 }
+
+func pointsOfRun(run string) repository.Query { return repository.Query{Run: run} }

@@ -107,6 +107,14 @@ func forgetBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hyperviso
 	return nil
 }
 
+// forgetOthers removes all baselines of a repository but the declared ones: those
+// that its newest point stands on.
+func forgetOthers(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, repo8 string, declared map[hypervisor.DiskID]hypervisor.Baseline) error {
+	return forgetBaselines(ctx, hv, vm, func(b hypervisor.Baseline) bool {
+		return ofRepo(b.Name, repo8) && declared[b.Disk].Name != b.Name
+	})
+}
+
 // ReleaseBaselines drops what backups into a repository keep on the hypervisor
 // for a VM; with an empty repo8, of every repository. The next backup of the VM
 // reads everything. It returns how many baselines there were.

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/clock"
 	"github.com/holdfast-backup/holdfast/internal/journal"
 	"github.com/holdfast-backup/holdfast/internal/lease"
+	"github.com/holdfast-backup/holdfast/internal/manifest"
 	"github.com/holdfast-backup/holdfast/repository"
 )
 
@@ -262,11 +263,19 @@ func reconcile(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Re
 	if err != nil {
 		return err
 	}
-	repo8, keep := repo.Info().Repo8(), ""
+	declared := map[hypervisor.DiskID]hypervisor.Baseline{}
 	if pt != nil {
-		keep = hypervisor.Name{Repo: repo8, Run: pt.Run, Kind: snapKind}.String()
+		man, err := manifest.Parse(pt)
+		if err != nil {
+			return err
+		}
+		for _, d := range man.Disks {
+			if d.Baseline != nil {
+				declared[d.ID] = *d.Baseline
+			}
+		}
 	}
-	return forgetBaselines(ctx, hv, vm, func(b hypervisor.Baseline) bool { return b.Name != keep && ofRepo(b.Name, repo8) })
+	return forgetOthers(ctx, hv, vm, repo.Info().Repo8(), declared)
 }
 
 // deleteIncomplete removes a VM that a restore began and did not finish.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 
 	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/internal/clock"
@@ -39,11 +41,7 @@ func (r *run) giveBack(ctx context.Context, keep bool) error {
 	if r.snap != nil {
 		var disks []hypervisor.DiskID
 		if keep {
-			for _, d := range r.res.Disks {
-				if _, err := r.snap.Baseline(d.ID); err == nil && d.Mode.Stored() {
-					disks = append(disks, d.ID)
-				}
-			}
+			disks = slices.Sorted(maps.Keys(r.baselines))
 		}
 		if err := r.snap.Release(ctx, disks); err != nil {
 			return err
@@ -58,25 +56,16 @@ func (r *run) giveBack(ctx context.Context, keep bool) error {
 	if r.unknown {
 		return nil // Recover decides about the baselines, when it knows of the point
 	}
-	newest := ""
+	var err error
 	if r.committed {
-		newest = r.name
+		err = forgetOthers(ctx, r.hv, r.vm.ID, r.repo.Info().Repo8(), r.baselines)
+	} else {
+		err = forgetBaselines(ctx, r.hv, r.vm.ID, func(b hypervisor.Baseline) bool { return b.Name == r.name })
 	}
-	if err := r.forget(ctx, newest); err != nil {
+	if err != nil {
 		return err
 	}
 	return r.book.discharge(journal.Baseline)
-}
-
-// forget removes the baselines that are no longer needed: all of this repository
-// but the newest after a commit, this run's own after a failure.
-func (r *run) forget(ctx context.Context, newest string) error {
-	if newest != "" {
-		return forgetBaselines(ctx, r.hv, r.vm.ID, func(b hypervisor.Baseline) bool {
-			return b.Name != newest && ofRepo(b.Name, r.repo.Info().Repo8())
-		})
-	}
-	return forgetBaselines(ctx, r.hv, r.vm.ID, func(b hypervisor.Baseline) bool { return b.Name == r.name })
 }
 
 // unwind undoes what the stages left, whatever ended them. Only a run without a

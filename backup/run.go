@@ -36,6 +36,8 @@ type run struct {
 	snap   hypervisor.Snapshot
 	parent repository.Reader
 	writer repository.Writer
+	// baselines are those that the point stands on; the release keeps them.
+	baselines map[hypervisor.DiskID]hypervisor.Baseline
 
 	// committed: the point exists. unknown: it may exist.
 	committed, unknown bool

@@ -154,6 +154,7 @@ func (c *counter) Read(p []byte) (int, error) {
 
 // commit makes the point visible. From here on nothing fails the run.
 func (r *run) commit(ctx context.Context) error {
+	r.anchor()
 	meta, err := json.Marshal(r.manifest())
 	if err != nil {
 		return err
@@ -181,6 +182,24 @@ func (r *run) commit(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// anchor collects the baselines that the point will stand on. A disk without one
+// is read in full the next time.
+func (r *run) anchor() {
+	r.baselines = map[hypervisor.DiskID]hypervisor.Baseline{}
+	for _, d := range r.res.Disks {
+		if !d.Mode.Stored() {
+			continue
+		}
+		b, err := r.snap.Baseline(d.ID)
+		switch {
+		case err == nil:
+			r.baselines[d.ID] = b
+		case !errors.Is(err, hypervisor.ErrBaselineInvalid):
+			r.o.Events.notice(r.vm.Name, fmt.Sprintf("disk %s will be read in full the next time: %v", d.ID, err))
+		}
+	}
 }
 
 func (r *run) statusBeforeProof() Status {
@@ -218,10 +237,8 @@ func (r *run) manifest() *manifest.Manifest {
 			Backing: d.Backing, Attrs: d.Attrs, Bus: d.Bus, Slot: d.Slot, Storage: d.Storage, Format: d.Format,
 			ReadBytes: res.ReadBytes,
 		}
-		if res.Mode.Stored() {
-			if b, err := r.snap.Baseline(d.ID); err == nil {
-				md.Baseline = &b
-			}
+		if b, ok := r.baselines[d.ID]; ok {
+			md.Baseline = &b
 		}
 		m.Disks = append(m.Disks, md)
 	}
