@@ -221,11 +221,10 @@ func (v *VM) SetHookSleep(d time.Duration) {
 	v.Sh("echo " + strconv.FormatFloat(d.Seconds(), 'f', -1, 64) + " > /run/hook_sleep")
 }
 
-// StartWriter and StopWriter start and stop the program that appends to /mnt/log.
-// StopWriter also syncs, so that the log is on the disk when it returns.
+// StartWriter starts the program that appends to /mnt/log.
 func (v *VM) StartWriter() { v.t.Helper(); v.Sh("/bin/start-writer") }
 
-// StopWriter: see StartWriter.
+// StopWriter stops the writer and syncs: the log is on the disk when it returns.
 func (v *VM) StopWriter() { v.t.Helper(); v.Sh("/bin/stop-writer") }
 
 // HookCall is one call of the freeze hook.
