@@ -58,6 +58,13 @@ func newRandomMem(t testing.TB, size int) *mem {
 	return m
 }
 
+// bytes returns a copy of the content.
+func (m *mem) bytes() []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return slices.Clone(m.data)
+}
+
 func (m *mem) Size() int64 { return int64(len(m.data)) }
 
 func (m *mem) check(op string, off, n int64) error {

@@ -95,7 +95,7 @@ func exercise(t *testing.T, r *rand.Rand, c *nbd.Client, m *mem) {
 	}
 	wg.Wait()
 	require.NoError(t, errors.Join(errs...))
-	requireSame(t, model, m.data, "server's data")
+	requireSame(t, model, m.bytes(), "server's data")
 	got := make([]byte, len(model))
 	n, err := c.ReadAt(got, 0)
 	require.NoError(t, err)
@@ -192,7 +192,7 @@ func TestReaderAtContract(t *testing.T) {
 	n, err := c.ReadAt(p, 9_950)
 	require.ErrorIs(t, err, io.EOF)
 	require.Equal(t, 50, n)
-	requireSame(t, m.data[9_950:], p[:n], "end of the export")
+	requireSame(t, m.bytes()[9_950:], p[:n], "end of the export")
 	n, err = c.ReadAt(p, 10_000)
 	require.ErrorIs(t, err, io.EOF)
 	require.Zero(t, n)
@@ -206,7 +206,7 @@ func TestReaderAtContract(t *testing.T) {
 	require.ErrorIs(t, c.Trim(context.Background(), 1<<62, 1<<62, 0), nbd.ErrOutOfRange)
 	all, err := io.ReadAll(io.NewSectionReader(c, 0, c.Size()))
 	require.NoError(t, err)
-	requireSame(t, m.data, all, "through a section reader")
+	requireSame(t, m.bytes(), all, "through a section reader")
 }
 
 func TestHolesAreReported(t *testing.T) {
@@ -251,10 +251,10 @@ func TestReadOnlyAndBareBackends(t *testing.T) {
 	require.ErrorIs(t, err, errors.ErrUnsupported)
 	require.ErrorIs(t, c.WriteZeroes(ctx, 0, 512, nbd.CommandFastZero), errors.ErrUnsupported)
 	require.NoError(t, c.WriteZeroes(ctx, 512, 20_000, 0)) // the server writes them
-	requireSame(t, make([]byte, 20_000), m.data[512:20_512], "zeroes")
+	requireSame(t, make([]byte, 20_000), m.bytes()[512:20_512], "zeroes")
 	_, err = c.WriteAt([]byte{7, 8}, 100)
 	require.NoError(t, err)
-	require.Equal(t, []byte{7, 8}, m.data[100:102])
+	require.Equal(t, []byte{7, 8}, m.bytes()[100:102])
 
 	list, err := nbd.List(ctx, cfg)
 	require.NoError(t, err)
@@ -332,7 +332,7 @@ func TestNetPipe(t *testing.T) {
 	p := make([]byte, mib)
 	_, err = c.ReadAt(p, 0)
 	require.NoError(t, err)
-	requireSame(t, m.data, p, "through pipes")
+	requireSame(t, m.bytes(), p, "through pipes")
 	require.NoError(t, c.Close())
 	for range 3 {
 		require.NoError(t, <-ended, "an orderly end")
