@@ -179,6 +179,16 @@ func (v *VM) TryFrozen() (bool, error) {
 	return status == "frozen", nil
 }
 
+// TryBlocked finds out without the agent whether the guest's file system is frozen:
+// a file made on it does not come to be within two seconds. If it is not frozen,
+// the probe has written to the disk.
+func (v *VM) TryBlocked() (bool, error) {
+	out, err := v.TrySh(`rm -f /run/probe; (touch /mnt/.probe && rm /mnt/.probe && touch /run/probe) >/dev/null 2>&1 &
+for i in 0 1 2 3 4 5 6 7 8 9; do [ -e /run/probe ] && break; usleep 200000; done
+[ -e /run/probe ] && echo free || echo blocked`)
+	return strings.TrimSpace(out) == "blocked", err
+}
+
 // TrySh runs a shell command in the guest over the control port, and returns its
 // combined output. It does not need the agent. A command that touches /mnt while
 // the guest is frozen blocks the port until the thaw.

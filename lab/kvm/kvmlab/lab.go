@@ -86,7 +86,7 @@ func Connect(t testing.TB) *Lab {
 	}
 	// Not t.TempDir: its path holds the test's name, and a socket path below it
 	// must fit 107 bytes.
-	dir, err := os.MkdirTemp("", "hf-lab-")
+	dir, err := os.MkdirTemp("", fmt.Sprintf("hf-lab-%d-", os.Getpid()))
 	if err != nil {
 		t.Fatalf("lab: %v", err)
 	}

@@ -23,7 +23,7 @@ type SmallFS struct {
 // skips the test (class "kvm") where mounting is not permitted.
 func NewSmallFS(t testing.TB, size int64) *SmallFS {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "hf-fs-")
+	dir, err := os.MkdirTemp("", fmt.Sprintf("hf-lab-%d-fs-", os.Getpid()))
 	if err != nil {
 		t.Fatalf("lab: %v", err)
 	}

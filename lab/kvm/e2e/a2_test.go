@@ -1,0 +1,152 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/holdfast-backup/holdfast/lab/kvm/kvmlab"
+)
+
+const mib = 1 << 20
+
+// TestA2RunningVM backs up a running VM under writes, in full and incrementally,
+// and compares both points with the truth.
+func TestA2RunningVM(t *testing.T) {
+	r := newRig(t)
+	sizes := map[string]int64{"vda": 512*mib + 3*512, "vdb": 96*mib - 512}
+	vm := r.lab.VM(t, kvmlab.Spec{Name: "a2", Power: kvmlab.Running, Disks: []kvmlab.Disk{
+		{Size: sizes["vda"], Data: []kvmlab.Range{{Off: 0, Len: 300 * mib}, {Off: 400 * mib, Len: 112 * mib}}, Seed: 1},
+		{Size: sizes["vdb"], Data: []kvmlab.Range{{Off: 5 * mib, Len: 70 * mib}}, Seed: 2},
+	}})
+	for disk, size := range sizes {
+		vm.Write(disk, size-512, 512, 0xE1) // the last sector
+	}
+
+	truth := r.truth(vm, "vda", "vdb")
+	full := r.underWrites(vm, "vda", 400*mib, 112*mib, 0x51)
+	require.Equal(t, map[string]string{"vda": "full first", "vdb": "full first"}, full.modes())
+	r.same(full.Point, truth)
+
+	for i := range 12 {
+		off := r.rnd.Int64N(sizes["vda"]/512-200) * 512
+		vm.Write("vda", off, 512*(1+r.rnd.Int64N(160)), byte(0x60+i))
+	}
+	vm.Discard("vda", 30*mib, 3*mib)
+	vm.WriteZero("vdb", 20*mib+65536, mib)
+	vm.Discard("vdb", 60*mib, 512*1024)
+	vm.Write("vdb", sizes["vdb"]-1024, 1024, 0xE2)
+	vm.Write("vda", sizes["vda"]-512, 512, 0xE3)
+	truth = r.truth(vm, "vda", "vdb")
+	inc := r.underWrites(vm, "vda", 0, 112*mib, 0x52)
+	require.Equal(t, map[string]string{"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks"}, inc.modes())
+	r.same(inc.Point, truth)
+	r.same(full.Point, map[string]string{}) // the first point still restores
+
+	name := r.lab.Name("copy")
+	r.must("restore", "--repo", r.repo, "--point", inc.Point, "--to", r.lab.URI, "--name", name, "--storage", r.lab.Dir)
+	for disk, want := range truth {
+		sameFile(t, want, r.rawOf(name, disk))
+	}
+	require.Len(t, vm.Checkpoints(), 1)
+	require.False(t, vm.JobActive())
+}
+
+// truth takes the content of disks with tools that are not ours.
+func (r *rig) truth(vm *kvmlab.VM, disks ...string) map[string]string {
+	r.t.Helper()
+	out := map[string]string{}
+	for _, d := range disks {
+		out[d] = vm.Truth(d).Path
+	}
+	return out
+}
+
+// rawOf converts a disk of a domain that is off to a raw file.
+func (r *rig) rawOf(domain, disk string) string {
+	r.t.Helper()
+	src, err := r.lab.Source(domain, disk)
+	require.NoError(r.t, err)
+	out := fmt.Sprintf("%s/%s-%s.raw", r.lab.Dir, domain, disk)
+	_, err = kvmlab.ImageTruth(src.Path, src.Format, out)
+	require.NoError(r.t, err)
+	return out
+}
+
+// underWrites backs up while a writer overwrites n bytes from off of a disk, from
+// the moment of the snapshot. At least 100 of the blocks that it overwrites must
+// not have been read before.
+func (r *rig) underWrites(vm *kvmlab.VM, disk string, off, n int64, pattern byte) *backupLine {
+	r.t.Helper()
+	var wg sync.WaitGroup
+	var done atomic.Int64 // bytes of the disk below which all is read
+	var ahead int64       // blocks overwritten ahead of the reader
+	var failed error
+	p := r.start(func(_ *proc, e event) {
+		if e.Event == "progress" && e.Disk == disk {
+			done.Store(e.Done)
+		}
+		if e.Event != "stage" || e.Stage != "snapshot" || e.State != "exit" {
+			return
+		}
+		wg.Go(func() {
+			const step = 16 * mib
+			for at := off + n; at > off && failed == nil; at -= step { // from the end, against the reader
+				begin := max(off, at-step)
+				before := done.Load()
+				failed = vm.TryWrite(kvmlab.WriteOp{Disk: disk, Off: begin, Len: at - begin, Pattern: pattern})
+				ahead += max(0, at-max(begin, before)) / mib
+			}
+		})
+	}, r.backupArgs(vm.Name)...)
+	o := p.wait()
+	wg.Wait()
+	require.NoError(r.t, failed)
+	require.Zero(r.t, o.code, "%s", o)
+	require.GreaterOrEqual(r.t, ahead, int64(100), "blocks overwritten before they were read")
+	l := line(r.t, o)
+	require.Equal(r.t, "success", l.Status, "%s", o)
+	return l
+}
+
+// TestA2ReadBytes compares what an incremental says it read with what the process
+// read from its sockets.
+func TestA2ReadBytes(t *testing.T) {
+	r := newRig(t)
+	vm := r.lab.VM(t, kvmlab.Spec{Name: "a2r", Disks: []kvmlab.Disk{{Size: 200*mib + 512, Data: []kvmlab.Range{{Len: 150 * mib}}, Seed: 3}}})
+	r.backup(vm.Name)
+	idle, idleChars := r.counted(vm.Name)
+	require.Zero(t, idle.read())
+	const touched = 24
+	for i := range int64(touched) {
+		vm.Write("vda", 5*mib*i+100*512, 65536, byte(i+1))
+	}
+	busy, chars := r.counted(vm.Name)
+	require.LessOrEqual(t, busy.read(), int64(touched*mib))
+	require.Positive(t, busy.read())
+	read := float64(chars - idleChars)
+	require.InEpsilon(t, read, float64(busy.read()), 0.10, "read_bytes against read(2)")
+}
+
+// counted backs up and returns how many bytes the process had read with system
+// calls when the transfer ended.
+func (r *rig) counted(vm string) (*backupLine, int64) {
+	r.t.Helper()
+	var chars int64
+	p := r.start(func(p *proc, e event) {
+		if e.Event == "stage" && e.Stage == "transfer" && e.State == "exit" {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", p.cmd.Process.Pid))
+			if err == nil {
+				_, _ = fmt.Sscanf(string(b), "rchar: %d", &chars)
+			}
+		}
+	}, r.backupArgs(vm)...)
+	o := p.wait()
+	require.Zero(r.t, o.code, "%s", o)
+	require.Positive(r.t, chars)
+	return line(r.t, o), chars
+}
