@@ -1,0 +1,195 @@
+package kopiarepo
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/format"
+	"github.com/kopia/kopia/repo/maintenance"
+
+	"github.com/holdfast-backup/holdfast/repository"
+)
+
+// kopia makes its storage anew from a saved description whenever a repository is
+// opened, and finds the maker in a table of the process. So our storage has an
+// entry there, made once, on first use; the description names an open blobStore.
+
+const storageType = "holdfast"
+
+type storageConfig struct {
+	Handle string `json:"handle"`
+}
+
+var openStores struct {
+	once sync.Once
+	mu   sync.Mutex
+	all  map[string]*blobStore
+}
+
+func registerStore(s *blobStore) {
+	openStores.once.Do(func() {
+		blob.AddSupportedStorage(storageType, storageConfig{}, func(_ context.Context, c *storageConfig, _ bool) (blob.Storage, error) {
+			openStores.mu.Lock()
+			defer openStores.mu.Unlock()
+			s := openStores.all[c.Handle]
+			if s == nil {
+				return nil, errors.New("the repository was closed")
+			}
+			return s, nil
+		})
+		openStores.all = map[string]*blobStore{}
+	})
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	s.handle = fmt.Sprintf("%x", b)
+	openStores.mu.Lock()
+	openStores.all[s.handle] = s
+	openStores.mu.Unlock()
+}
+
+func unregisterStore(s *blobStore) {
+	openStores.mu.Lock()
+	delete(openStores.all, s.handle)
+	openStores.mu.Unlock()
+}
+
+// initialize makes kopia's repository.
+func initialize(ctx context.Context, s *blobStore, password Secret) error {
+	err := repo.Initialize(ctx, s, &repo.NewRepositoryOptions{
+		BlockFormat: format.ContentFormat{
+			Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256",
+			MutableParameters: format.MutableParameters{MaxPackSize: maxPackSize},
+		},
+		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-4M"},
+	}, string(password))
+	if err != nil {
+		return fmt.Errorf("create the engine's repository: %w", err)
+	}
+	return nil
+}
+
+// engine opens kopia on first use and keeps it open: that costs 0.3 s.
+type engine struct {
+	cfg    *Config
+	store  *blobStore
+	repoID string
+
+	mu      sync.Mutex
+	dr      repo.DirectRepository
+	tempDir string
+}
+
+func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.dr != nil {
+		return e.dr, nil
+	}
+	file, err := e.writeConfig()
+	if err != nil {
+		return nil, err
+	}
+	r, err := repo.Open(ctx, file, string(e.cfg.Password), &repo.Options{
+		TimeNowFunc:          e.cfg.Clock,
+		DisableRepositoryLog: true,
+		DoNotWaitForUpgrade:  true,
+		OnFatalError: func(err error) {
+			e.cfg.Logger.Error("the storage engine reports a fatal error", "error", err)
+		},
+	})
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, ctx.Err()
+	case errors.Is(err, repository.ErrNoSpace) || errors.Is(err, repository.ErrReadOnly):
+		return nil, fmt.Errorf("open the storage engine: %w", err)
+	case err != nil:
+		// Our key slot took the password, so it is not the password.
+		return nil, fmt.Errorf("%w: the storage engine does not open: %w", repository.ErrDamaged, err)
+	}
+	dr, ok := r.(repo.DirectRepository)
+	if !ok {
+		return nil, errors.New("the storage engine gives no direct access")
+	}
+	e.dr = dr
+	return dr, nil
+}
+
+// writeConfig writes the file that kopia opens a repository by. kopia would write
+// it itself, but opens the repository once more to do so.
+func (e *engine) writeConfig() (string, error) {
+	dir := e.cfg.ConfigDir
+	if dir == "" {
+		if e.tempDir == "" {
+			temp, err := os.MkdirTemp("", "holdfast-repository-")
+			if err != nil {
+				return "", err
+			}
+			e.tempDir = temp
+		}
+		dir = e.tempDir
+	} else if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	cache := e.cfg.CacheDir
+	if cache != "" {
+		cache = filepath.Join(cache, e.repoID)
+	}
+	info := e.store.ConnectionInfo()
+	b, err := json.Marshal(&repo.LocalConfig{
+		Storage: &info,
+		Caching: &content.CachingOptions{CacheDirectory: cache},
+		ClientOptions: repo.ClientOptions{
+			Hostname: kopiaHost, Username: kopiaUser, Description: "Holdfast",
+		},
+	})
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, "kopia-"+e.store.handle[:8]+".config")
+	return file, os.WriteFile(file, b, 0o600)
+}
+
+// become makes us the only one that may run kopia's maintenance.
+func become(ctx context.Context, dr repo.DirectRepository) error {
+	return repo.DirectWriteSession(ctx, dr, repo.WriteSessionOptions{Purpose: "create"},
+		func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+			p := maintenance.DefaultParams()
+			p.Owner = dr.ClientOptions().UsernameAtHost()
+			return maintenance.SetParams(ctx, w, &p)
+		})
+}
+
+func (e *engine) close(ctx context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var err error
+	if e.dr != nil {
+		err = e.dr.Close(ctx)
+		e.dr = nil
+	}
+	if e.cfg.ConfigDir != "" {
+		err = errors.Join(err, ignoreAbsent(os.Remove(filepath.Join(e.cfg.ConfigDir, "kopia-"+e.store.handle[:8]+".config"))))
+		err = errors.Join(err, ignoreAbsent(os.Remove(filepath.Join(e.cfg.ConfigDir, "kopia-"+e.store.handle[:8]+".config.mlock"))))
+	}
+	if e.tempDir != "" {
+		err = errors.Join(err, os.RemoveAll(e.tempDir))
+		e.tempDir = ""
+	}
+	return err
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
