@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/xml"
 	"fmt"
 	"os"
 	"sync"
@@ -69,12 +70,32 @@ func (r *rig) truth(vm *kvmlab.VM, disks ...string) map[string]string {
 // rawOf converts a disk of a domain that is off to a raw file.
 func (r *rig) rawOf(domain, disk string) string {
 	r.t.Helper()
-	src, err := r.lab.Source(domain, disk)
+	text, err := r.lab.Virsh("dumpxml", domain)
 	require.NoError(r.t, err)
+	var dom struct {
+		Disks []struct {
+			Driver struct {
+				Type string `xml:"type,attr"`
+			} `xml:"driver"`
+			Source struct {
+				File string `xml:"file,attr"`
+			} `xml:"source"`
+			Target struct {
+				Dev string `xml:"dev,attr"`
+			} `xml:"target"`
+		} `xml:"devices>disk"`
+	}
+	require.NoError(r.t, xml.Unmarshal([]byte(text), &dom))
 	out := fmt.Sprintf("%s/%s-%s.raw", r.lab.Dir, domain, disk)
-	_, err = kvmlab.ImageTruth(src.Path, src.Format, out)
-	require.NoError(r.t, err)
-	return out
+	for _, d := range dom.Disks {
+		if d.Target.Dev == disk {
+			_, err = kvmlab.ImageTruth(d.Source.File, d.Driver.Type, out)
+			require.NoError(r.t, err)
+			return out
+		}
+	}
+	require.Fail(r.t, "domain has no disk", "%s %s", domain, disk)
+	return ""
 }
 
 // underWrites backs up while a writer overwrites n bytes from off of a disk, from

@@ -46,9 +46,11 @@ func TestA3Changes(t *testing.T) {
 			want: map[string]string{"vda": "full tracking-inconsistent", "vdb": "full tracking-inconsistent"},
 		},
 		"disk added": {
-			disks:  two,
-			change: func(r *rig, vm *kvmlab.VM) { vm.AttachDisk(kvmlab.Disk{Size: 5 * mib, Data: []kvmlab.Range{{Len: mib}}, Seed: 9}) },
-			want:   map[string]string{"vda": inc, "vdb": inc, "vdc": "full disk-added"},
+			disks: two,
+			change: func(r *rig, vm *kvmlab.VM) {
+				vm.AttachDisk(kvmlab.Disk{Size: 5 * mib, Data: []kvmlab.Range{{Len: mib}}, Seed: 9})
+			},
+			want: map[string]string{"vda": inc, "vdb": inc, "vdc": "full disk-added"},
 		},
 		"disk grown": {
 			disks:  two,

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -266,4 +268,24 @@ func (r *rig) left(vms ...*kvmlab.VM) []string {
 		out = append(out, l.String())
 	}
 	return out
+}
+
+// jsonLines decodes one object per line.
+func jsonLines(t *testing.T, b []byte) (out []map[string]any) {
+	t.Helper()
+	d := json.NewDecoder(bytes.NewReader(b))
+	for {
+		var m map[string]any
+		err := d.Decode(&m)
+		if errors.Is(err, io.EOF) {
+			return out
+		}
+		require.NoError(t, err, "%s", b)
+		out = append(out, m)
+	}
+}
+
+func sha256hex(b []byte) string {
+	s := sha256.Sum256(b)
+	return hex.EncodeToString(s[:])
 }
