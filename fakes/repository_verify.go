@@ -85,6 +85,11 @@ func (v *verifier) run(ctx context.Context) error {
 		if err := v.sealed(ctx); err != nil {
 			return err
 		}
+		if v.opts.Level >= repository.VerifyBlobs {
+			if err := v.unused(ctx); err != nil {
+				return err
+			}
+		}
 	}
 	if err := v.blobs(ctx); err != nil {
 		return err
@@ -211,6 +216,28 @@ func (v *verifier) content(ctx context.Context, ref blobRef) (problem string, er
 	}
 	v.report.Bytes += int64(len(data))
 	return ref.check(data), nil
+}
+
+// unused checks content that no point uses. It may go away meanwhile.
+func (v *verifier) unused(ctx context.Context) error {
+	used := map[string]bool{}
+	for ref := range v.users {
+		used[ref.Name] = true
+	}
+	for _, name := range slices.Sorted(maps.Keys(v.sizes)) {
+		if used[name] {
+			continue
+		}
+		v.report.Blobs++
+		problem, err := v.content(ctx, blobRef{name, v.sizes[name]})
+		if err != nil {
+			return err
+		}
+		if problem != "" && problem != "missing" {
+			v.find(name, problem, "no point uses it")
+		}
+	}
+	return nil
 }
 
 func (v *verifier) progress(n int64) {
