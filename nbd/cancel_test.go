@@ -188,15 +188,19 @@ func TestCancelEverywhere(t *testing.T) {
 		var dials atomic.Int32
 		hold, stop := context.WithCancel(context.Background())
 		defer stop()
-		c := dial(t, fakeConfig(t, &dials, &fakeServer{flags: 1, serve: func(net.Conn) error {
+		began := make(chan struct{})
+		c := dial(t, fakeConfig(t, &dials, &fakeServer{flags: 1, serve: func(c net.Conn) error {
+			_, err := c.Read(make([]byte, 1))
+			close(began)
 			<-hold.Done()
-			return nil
+			return err
 		}}))
 		first := make(chan error, 1)
 		go func() {
 			_, err := c.WriteAt(make([]byte, 4096), 0) // holds the sending side
 			first <- err
 		}()
+		<-began
 		ctx, cancel := soon()
 		defer cancel()
 		err := within(t, func() error {

@@ -15,12 +15,13 @@ type Client struct {
 
 	dialing chan struct{} // held while a connection is being replaced
 
-	mu     sync.Mutex
-	conns  []*conn
-	closed bool
-	lost   error // why the last connection failed
-	wrote  bool  // some change was sent
-	broken error // a connection was lost after a change was sent
+	mu      sync.Mutex
+	conns   []*conn
+	retired []*conn // lost; kept until their receivers are waited for
+	closed  bool
+	lost    error // why the last connection failed
+	wrote   bool  // some change was sent
+	broken  error // a connection was lost after a change was sent
 }
 
 // Dial connects to the export described by cfg. ctx governs the connecting alone. The caller must Close
@@ -70,18 +71,7 @@ func (c *Client) connect(ctx context.Context) (*conn, error) {
 		_ = raw.Close()
 		return nil, err
 	}
-	return newConn(n.nc, raw, n.sess, c.cfg.Inflight, c.connFailed), nil
-}
-
-// connFailed notes the loss of a connection. A change that was not flushed may be gone with it, so from
-// then on changes and flushes fail: a flush on another connection would promise too much.
-func (c *Client) connFailed(err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.lost = err
-	if c.wrote && c.broken == nil {
-		c.broken = err
-	}
+	return newConn(n.nc, raw, n.sess, c.cfg.Inflight), nil
 }
 
 // Size returns the size of the export in bytes.
@@ -111,21 +101,16 @@ func (c *Client) Secure() bool { return c.sess.secure }
 func (c *Client) Connections() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n := 0
-	for _, k := range c.conns {
-		if k.alive() {
-			n++
-		}
-	}
-	return n
+	c.retire()
+	return len(c.conns)
 }
 
 // Close disconnects. Requests in flight fail with ErrClosed; no buffer is touched after Close returns.
 // Closing again does nothing.
 func (c *Client) Close() error {
 	c.mu.Lock()
-	conns := c.conns
-	c.conns, c.closed = nil, true
+	conns := append(c.retired, c.conns...)
+	c.conns, c.retired, c.closed = nil, nil, true
 	c.mu.Unlock()
 	for _, k := range conns {
 		k.close()
@@ -159,6 +144,7 @@ func (c *Client) pick(change bool) (*conn, error) {
 	if c.closed {
 		return nil, ErrClosed
 	}
+	c.retire()
 	if change {
 		if c.broken != nil {
 			return nil, c.broken
@@ -167,15 +153,29 @@ func (c *Client) pick(change bool) (*conn, error) {
 	}
 	var best *conn
 	for _, k := range c.conns {
-		if k.alive() && (best == nil || len(k.slots) < len(best.slots)) {
+		if best == nil || len(k.slots) < len(best.slots) {
 			best = k
 		}
 	}
 	if best == nil && (change || c.cfg.Retries == 0) {
-		if c.lost != nil {
-			return nil, c.lost
-		}
-		return nil, ErrConnectionLost
+		return nil, c.lost
 	}
 	return best, nil
+}
+
+// retire sets lost connections aside. A change that was not flushed may be gone with one, so from then
+// on changes and flushes fail: a flush on another connection would promise too much. The caller holds mu.
+func (c *Client) retire() {
+	c.conns = slices.DeleteFunc(c.conns, func(k *conn) bool {
+		err := k.failure()
+		if err == nil {
+			return false
+		}
+		c.lost = err
+		if c.wrote && c.broken == nil {
+			c.broken = err
+		}
+		c.retired = append(c.retired, k)
+		return true
+	})
 }

@@ -14,6 +14,10 @@ import (
 // readBuffer holds headers and small payloads. Payload beyond it goes straight to the caller's memory.
 const readBuffer = 32 << 10
 
+// cancelGrace is how long a request that is just being sent may go on after its context ended. Sending
+// takes microseconds unless the peer does not read, and cutting it short costs the connection.
+const cancelGrace = 20 * time.Millisecond
+
 // goodbyeTimeout bounds the orderly part of closing a connection.
 const goodbyeTimeout = 2 * time.Second
 
@@ -62,12 +66,11 @@ type conn struct {
 	cookie      uint64
 	err         error
 	interrupted bool
-	draining    bool
-	onFail      func(error)
+	draining    bool // the server is going away: no new requests
 }
 
-// newConn starts the receiver. onFail is called once, with the first failure, and must not block.
-func newConn(nc, raw net.Conn, sess session, inflight int, onFail func(error)) *conn {
+// newConn starts the receiver.
+func newConn(nc, raw net.Conn, sess session, inflight int) *conn {
 	c := &conn{
 		nc: nc, raw: raw, sess: sess,
 		br:      bufio.NewReaderSize(nc, readBuffer),
@@ -76,31 +79,28 @@ func newConn(nc, raw net.Conn, sess session, inflight int, onFail func(error)) *
 		failed:  make(chan struct{}),
 		done:    make(chan struct{}),
 		pending: make(map[uint64]*request),
-		onFail:  onFail,
 	}
 	go c.receive()
 	return c
 }
 
-// alive reports whether new requests may be submitted.
-func (c *conn) alive() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.err == nil && !c.draining
-}
+// errGoingAway ends the use of a connection whose server said ESHUTDOWN.
+var errGoingAway = fmt.Errorf("%w: %w", ErrConnectionLost, ESHUTDOWN)
 
-// failure returns why the connection failed.
+// failure returns why no new requests may be submitted, or nil.
 func (c *conn) failure() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.err == nil && c.draining {
+		return errGoingAway
+	}
 	return c.err
 }
 
 // fail records the first failure and cuts the connection; the receiver then finishes all requests.
 func (c *conn) fail(err error) {
 	c.mu.Lock()
-	first := c.err == nil
-	if first {
+	if c.err == nil {
 		if !errors.Is(err, ErrConnectionLost) && !errors.Is(err, ErrClosed) {
 			err = fmt.Errorf("%w: %w", ErrConnectionLost, err)
 		}
@@ -109,9 +109,6 @@ func (c *conn) fail(err error) {
 	}
 	c.mu.Unlock()
 	_ = c.raw.Close()
-	if first && c.onFail != nil {
-		c.onFail(err)
-	}
 }
 
 // submit sends r. A nil result means that r.done will be closed; otherwise r was not sent.
@@ -138,15 +135,16 @@ func (c *conn) submit(ctx context.Context, r *request) error {
 		return c.failure()
 	}
 	defer func() { <-c.wlock }()
+	if ctx.Err() != nil {
+		<-c.slots
+		return context.Cause(ctx)
+	}
 
 	c.mu.Lock()
-	if err := c.err; err != nil || c.draining {
+	if c.err != nil || c.draining {
 		c.mu.Unlock()
 		<-c.slots
-		if err == nil {
-			err = fmt.Errorf("%w: %w", ErrConnectionLost, ESHUTDOWN)
-		}
-		return err
+		return c.failure()
 	}
 	c.cookie++
 	cookie := c.cookie
@@ -159,16 +157,23 @@ func (c *conn) submit(ctx context.Context, r *request) error {
 	return nil
 }
 
-// send writes header and payload. The caller holds wlock. When ctx ends in the middle the stream cannot
-// be mended, so the write is cut short with an error.
+// send writes header and payload. The caller holds wlock. When ctx ends and the peer does not take the
+// rest, the write is cut short with an error; the stream cannot be mended then.
 func (c *conn) send(ctx context.Context, r *request, cookie uint64) error {
 	if ctx.Done() != nil {
-		ran := make(chan struct{})
+		sent, ran := make(chan struct{}), make(chan struct{})
 		stop := context.AfterFunc(ctx, func() {
-			_ = c.nc.SetWriteDeadline(longAgo)
-			close(ran)
+			defer close(ran)
+			grace := time.NewTimer(cancelGrace)
+			defer grace.Stop()
+			select {
+			case <-sent:
+			case <-grace.C:
+				_ = c.nc.SetWriteDeadline(longAgo)
+			}
 		})
 		defer func() {
+			close(sent)
 			if !stop() {
 				<-ran
 				_ = c.nc.SetWriteDeadline(time.Time{})
@@ -203,16 +208,18 @@ func putRequest(h []byte, flags, cmd uint16, cookie, off uint64, length uint32) 
 func (c *conn) wait(ctx context.Context, r *request) error {
 	select {
 	case <-r.done:
-		return r.err
 	default:
+		select {
+		case <-r.done:
+		case <-ctx.Done():
+			c.abandon(r)
+			return context.Cause(ctx)
+		}
 	}
-	select {
-	case <-r.done:
-		return r.err
-	case <-ctx.Done():
-		c.abandon(r)
-		return context.Cause(ctx)
+	if r.err != nil && ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", context.Cause(ctx), r.err)
 	}
+	return r.err
 }
 
 // abandon takes the caller's buffer away from the receiver, interrupting it if it is just reading into it.
@@ -285,7 +292,7 @@ func (c *conn) finish(cookie uint64, r *request) {
 	if leave {
 		// The server is going away and asks its clients to do so.
 		c.goodbye()
-		c.fail(fmt.Errorf("%w: %w", ErrConnectionLost, ESHUTDOWN))
+		c.fail(errGoingAway)
 	}
 }
 

@@ -425,6 +425,14 @@ func (n *negotiator) read(p []byte) error {
 
 func (n *negotiator) write(p []byte) error {
 	if _, err := n.nc.Write(p); err != nil {
+		if n.sess.secure {
+			// With TLS 1.3 a server refuses a certificate after the handshake and hangs up. Why, stands in
+			// what it sent before.
+			var alert *net.OpError
+			if _, rerr := n.nc.Read(make([]byte, 1)); errors.As(rerr, &alert) && alert.Op == "remote error" {
+				err = alert
+			}
+		}
 		return fmt.Errorf("nbd: handshake: %w: %w", ErrConnectionLost, err)
 	}
 	return nil

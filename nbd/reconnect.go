@@ -34,8 +34,8 @@ func (c *Client) reconnect(ctx context.Context) (*conn, error) {
 		k.close()
 		return nil, ErrClosed
 	}
-	old := c.conns
-	c.conns = []*conn{k}
+	old := c.retired
+	c.conns, c.retired = append(c.conns, k), nil
 	c.mu.Unlock()
 	for _, o := range old {
 		o.close()
@@ -47,11 +47,13 @@ func (c *Client) reconnect(ctx context.Context) (*conn, error) {
 func mayPass(err error) bool {
 	var opt *OptionError
 	var cert *tls.CertificateVerificationError
-	var alert tls.AlertError
+	var alert *net.OpError
 	switch {
 	case errors.As(err, &opt):
 		return opt.Code == repErrShutdown
-	case errors.As(err, &cert), errors.As(err, &alert), errors.Is(err, ErrContextNotGranted),
+	case errors.As(err, &alert) && (alert.Op == "remote error" || alert.Op == "local error"): // TLS alerts
+		return false
+	case errors.As(err, &cert), errors.Is(err, ErrContextNotGranted),
 		errors.Is(err, ErrTLSRefused), errors.Is(err, ErrExportChanged), errors.Is(err, ErrClosed):
 		return false
 	}
