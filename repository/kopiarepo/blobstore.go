@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -30,9 +31,10 @@ type blobStore struct {
 	reserve int64
 
 	mu       sync.Mutex
-	source   map[blob.ID]string // critical blobs that were checked: the file that is good
-	deferred map[blob.ID]bool   // not nil: in maintenance; deletions wait here
-	put      map[blob.ID]int64  // blobs put through this store, and their sizes
+	source   map[blob.ID]string  // critical blobs that were checked: the file that is good
+	deferred map[blob.ID]bool    // not nil: in maintenance; deletions wait here
+	put      map[blob.ID]putInfo // blobs put through this store
+	puts     int64
 }
 
 var _ blob.Storage = (*blobStore)(nil)
@@ -117,7 +119,8 @@ func (s *blobStore) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, op
 		*opts.GetModTime = mtime
 	}
 	s.mu.Lock()
-	s.put[id] = size
+	s.puts++
+	s.put[id] = putInfo{size, s.puts}
 	delete(s.deferred, id)
 	if critical(string(id)) {
 		s.source[id] = blobFile(id)
@@ -363,12 +366,29 @@ func (s *blobStore) endDeletes() {
 	s.mu.Unlock()
 }
 
-// wasPut reports whether this handle stored the blob, and its size.
-func (s *blobStore) wasPut(id blob.ID) (int64, bool) {
+// putInfo is the size of a blob that was put, and its place in the order of puts.
+type putInfo struct{ size, order int64 }
+
+// wasPut reports whether this handle stored the blob, and when in its order.
+func (s *blobStore) wasPut(id blob.ID) (putInfo, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n, ok := s.put[id]
-	return n, ok
+	p, ok := s.put[id]
+	return p, ok
+}
+
+// putCount returns how many blobs were put so far.
+func (s *blobStore) putCount() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.puts
+}
+
+// allPut returns what this handle stored.
+func (s *blobStore) allPut() map[blob.ID]putInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.put)
 }
 
 // ConnectionInfo implements blob.Storage.

@@ -15,18 +15,19 @@ import (
 // chain is what can be said of one chain from its records, its anchor, and what
 // this client remembers of it.
 type chain struct {
-	name   string
-	live   map[repository.PointID]*entry
-	dead   map[repository.PointID]recordRef // deleted, with where their records were
-	lost   []*repository.Point              // vanished or untrusted
-	lostAt map[repository.PointID]recordRef
-	head   *recordRef // newest entry known, trusted or not
-	next   int64      // number that the next entry may take
-	points int64      // points so far
-	lock   map[string]int64
-	issues []repository.Damage // redundancy that was lost, records that cannot be read
-	stored *numbered
-	anchor *anchor
+	name    string
+	live    map[repository.PointID]*entry
+	dead    map[repository.PointID]recordRef // deleted, with where their records were
+	trusted map[int64]sum                    // digests of entries that are to be trusted
+	lost    []*repository.Point              // vanished or untrusted
+	lostAt  map[repository.PointID]recordRef
+	head    *recordRef // newest entry known, trusted or not
+	next    int64      // number that the next entry may take
+	points  int64      // points so far
+	lock    map[string]int64
+	issues  []repository.Damage // redundancy that was lost, records that cannot be read
+	stored  *numbered
+	anchor  *anchor
 }
 
 func recordDir(chain string) string { return recordsDir + "/" + chain }
@@ -65,7 +66,7 @@ func (r *Repository) chains(ctx context.Context) ([]string, error) {
 func (r *Repository) loadChain(ctx context.Context, name string) (*chain, error) {
 	c := &chain{
 		name: name, live: map[repository.PointID]*entry{}, dead: map[repository.PointID]recordRef{},
-		lostAt: map[repository.PointID]recordRef{}, lock: map[string]int64{},
+		lostAt: map[repository.PointID]recordRef{}, lock: map[string]int64{}, trusted: map[int64]sum{},
 	}
 	var err error
 	if c.stored, err = r.own.listNumbered(ctx, recordDir(name)); err != nil {
@@ -201,6 +202,7 @@ func (r *Repository) loadEntry(ctx context.Context, c *chain, n int64, want map[
 			})
 		}
 	}
+	c.trusted[n] = good.sum
 	goodRef := good.ref()
 	c.advance(n, &goodRef)
 	c.points = max(c.points, good.Points)

@@ -57,8 +57,6 @@ type Config struct {
 	// Compressor is kopia's name of the compressor of blocks; empty:
 	// DefaultCompressor. An unknown name is refused.
 	Compressor string
-	// BlockSize is used for disks that ask for none; zero: repository.DefaultBlockSize.
-	BlockSize int
 	// Workers bounds how many blocks are compressed, encrypted and stored at a
 	// time; zero: twice the number of CPUs.
 	Workers int
@@ -135,13 +133,6 @@ func (c Config) complete() (_ Config, realClock bool, err error) {
 	}
 	if compression.ByName[compression.Name(c.Compressor)] == nil {
 		return c, false, fmt.Errorf("unknown compressor %q", c.Compressor)
-	}
-	if c.BlockSize == 0 {
-		c.BlockSize = repository.DefaultBlockSize
-	}
-	if !repository.ValidBlockSize(c.BlockSize) {
-		return c, false, fmt.Errorf("block size %d is not a power of two from %d to %d",
-			c.BlockSize, repository.LeafSize, repository.MaxBlockSize)
 	}
 	for _, dir := range []*string{&c.ConfigDir, &c.CacheDir} {
 		if *dir == "" {

@@ -160,6 +160,9 @@ func (d *diskWriter) store(ctx context.Context, data []byte) (written, error) {
 
 // Advance seals the segments that end at or below block next.
 func (d *diskWriter) Advance(ctx context.Context, next int64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if next < 0 || next > d.blocks() {
 		return fmt.Errorf("disk %s: advance to block %d of %d", d.id, next, d.blocks())
 	}
@@ -173,7 +176,7 @@ func (d *diskWriter) Advance(ctx context.Context, next int64) error {
 	}
 	d.mu.Unlock()
 	if len(ready) == 0 {
-		return ctx.Err()
+		return nil
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
@@ -301,6 +304,9 @@ func (w *writer) putIndex(ctx context.Context, blocks []object.ID, length int64,
 
 // Close ends the disk.
 func (d *diskWriter) Close(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	closed := d.closed
 	d.closed = true

@@ -52,6 +52,7 @@ type inventoryBody struct {
 
 const (
 	inventoryDir     = "inventory"
+	inventoryHead    = "inventory-head"
 	maxInventoryBody = 4 << 30
 	// fullEvery: how many changes may follow an entry that holds everything.
 	fullEvery = 64
@@ -91,6 +92,10 @@ func (v *inventory) load(ctx context.Context) error {
 	if len(numbers) == 0 {
 		return nil
 	}
+	anchored, err := v.anchored(ctx)
+	if err != nil {
+		return err
+	}
 	start := 0
 	if head == 0 {
 		// Begin at the newest entry that holds everything and can be trusted.
@@ -105,13 +110,8 @@ func (v *inventory) load(ctx context.Context) error {
 	}
 	for i := start; i < len(numbers); i++ {
 		n := numbers[i]
-		if !l.primary[n] && i == len(numbers)-1 {
-			// Only a copy: its writer died before the entry itself was made, or the
-			// newest entry was lost. Either way its claims are true; blobs that it
-			// adds are checked like any other.
-			if e, err := v.read(ctx, n, l, sum{}); err != nil || e == nil {
-				return err
-			}
+		if !l.primary[n] && n > anchored {
+			continue // the copy of an entry whose writer died before it was made
 		}
 		want := sum{}
 		if i+1 < len(numbers) {
@@ -128,6 +128,26 @@ func (v *inventory) load(ctx context.Context) error {
 		v.apply(n, e)
 	}
 	return nil
+}
+
+// anchored returns the newest entry that is known to have been made.
+func (v *inventory) anchored(ctx context.Context) (int64, error) {
+	c, err := v.own.get(ctx, typeAnchor, inventoryHead, func(a, b *candidate) *candidate {
+		if seqOf(b) > seqOf(a) {
+			return b
+		}
+		return a
+	})
+	if err != nil {
+		return 0, ctx.Err() // without it, entries speak for themselves
+	}
+	return seqOf(c), nil
+}
+
+func seqOf(c *candidate) int64 {
+	var h inventoryHeader
+	_ = json.Unmarshal(c.header, &h) // authenticated: it parses
+	return h.Seq
 }
 
 type inventoryEntry struct {
@@ -170,6 +190,9 @@ func (v *inventory) apply(n int64, e *inventoryEntry) {
 		v.gaps = append(v.gaps, fmt.Sprintf("%s/%s", inventoryDir, number(n)))
 		v.head, v.headSum = n, sum{}
 		return
+	}
+	if v.head == 0 && n != 1 && !e.Full {
+		v.gaps = append(v.gaps, fmt.Sprintf("%s: what came before entry %d", inventoryDir, n))
 	}
 	if v.head != 0 && !v.headSum.IsZero() && (n != v.head+1 || e.Prev != v.headSum) && !e.Full {
 		v.gaps = append(v.gaps, fmt.Sprintf("%s: entry %d does not follow entry %d", inventoryDir, n, v.head))
@@ -250,6 +273,19 @@ func (v *inventory) all() []blobEntry {
 	return out
 }
 
+// settled returns what the log holds, without what is still to be written to it.
+func (v *inventory) settled() map[string]blobEntry {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	out := make(map[string]blobEntry, len(v.live))
+	for name, e := range v.live {
+		if _, ok := v.pending[name]; !ok {
+			out[name] = e
+		}
+	}
+	return out
+}
+
 func (v *inventory) problems() []string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -286,6 +322,9 @@ func (v *inventory) flush(ctx context.Context, full bool) error {
 			return fmt.Errorf("inventory: %w", err)
 		}
 		v.commit(header, body, s, taken)
+		if _, err := v.own.put(ctx, typeAnchor, inventoryHead, inventoryHeader{Seq: header.Seq, Prev: s}, nil); err != nil {
+			return fmt.Errorf("inventory: %w", err)
+		}
 		return nil
 	}
 	return fmt.Errorf("inventory: %w: too many writers", repository.ErrLocked)

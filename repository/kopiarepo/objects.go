@@ -44,13 +44,28 @@ func damaged(ctx context.Context, err error, what string) error {
 // read anew: maintenance may have moved it.
 func getContent(ctx context.Context, dr repo.DirectRepository, id content.ID) ([]byte, error) {
 	b, err := dr.ContentReader().GetContent(ctx, id)
-	if err == nil || ctx.Err() != nil || !errors.Is(err, content.ErrContentNotFound) && !errors.Is(err, blob.ErrBlobNotFound) {
+	if err == nil || ctx.Err() != nil || !id.HasPrefix() && !errors.Is(err, content.ErrContentNotFound) && !errors.Is(err, blob.ErrBlobNotFound) {
 		return b, err
+	}
+	if s, ok := storeOf(dr); ok {
+		s.forgetSource() // a blob that was good may have gone bad: then its copy serves
 	}
 	if rerr := dr.Refresh(ctx); rerr != nil {
 		return nil, err
 	}
 	return dr.ContentReader().GetContent(ctx, id)
+}
+
+// storeOf returns the storage of ours under an engine.
+func storeOf(dr repo.DirectRepository) (*blobStore, bool) {
+	c, ok := dr.BlobReader().ConnectionInfo().Config.(*storageConfig)
+	if !ok {
+		return nil, false
+	}
+	openStores.mu.Lock()
+	defer openStores.mu.Unlock()
+	s, ok := openStores.all[c.Handle]
+	return s, ok
 }
 
 // getObject reads a whole object of at most limit bytes.

@@ -100,7 +100,7 @@ func (r *Repository) Open(ctx context.Context, id repository.PointID) (repositor
 	if err != nil {
 		return nil, err
 	}
-	return &reader{r: r, t: t, ctx: context.WithoutCancel(ctx)}, nil
+	return &reader{r: r, t: t}, nil
 }
 
 // Delete removes a point for good.
@@ -108,7 +108,7 @@ func (r *Repository) Delete(ctx context.Context, id repository.PointID, lock rep
 	if err := r.check(ctx); err != nil {
 		return err
 	}
-	if err := holds(ctx, lock); err != nil {
+	if err := holdsMaintenance(ctx, lock); err != nil {
 		return fmt.Errorf("delete point %s: %w", id, err)
 	}
 	c, err := r.find(ctx, id)
@@ -147,14 +147,6 @@ func (r *Repository) Delete(ctx context.Context, id repository.PointID, lock rep
 		r.cfg.Logger.Warn("the remains of a deleted point are left to maintenance", "point", id, "error", err)
 	}
 	return nil
-}
-
-// holds checks a lock that is mandatory.
-func holds(ctx context.Context, lock repository.Lock) error {
-	if lock == nil {
-		return fmt.Errorf("%w: the caller holds no lock", repository.ErrFenced)
-	}
-	return lock.Check(ctx)
 }
 
 // removeRemains removes the files and the snapshot of a deleted point.

@@ -19,7 +19,6 @@ import (
 type reader struct {
 	r      *Repository
 	t      *tree
-	ctx    context.Context // without cancellation: for ReadAt, which takes none
 	closed atomic.Bool
 }
 
@@ -41,6 +40,9 @@ func (rd *reader) Disk(ctx context.Context, id string) (repository.DiskReader, e
 	if rd.closed.Load() {
 		return nil, errReaderClosed
 	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	m, err := rd.t.disk(ctx, id)
 	if err != nil {
 		return nil, err
@@ -53,13 +55,16 @@ func (rd *reader) Disk(ctx context.Context, id string) (repository.DiskReader, e
 	if want := rd.t.e.point().Disk(id).Root; rootOf(h, m.size, sums) != want {
 		return nil, fmt.Errorf("%s: %w: its digests do not make the root in the record", m.what, repository.ErrDamaged)
 	}
-	return &diskReader{rd: rd, m: m, h: h, sums: sums}, nil
+	return &diskReader{rd: rd, ctx: ctx, m: m, h: h, sums: sums}, nil
 }
 
 // File opens a stored file.
 func (rd *reader) File(ctx context.Context, name string) (io.ReadCloser, error) {
 	if rd.closed.Load() {
 		return nil, errReaderClosed
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
 	}
 	for _, f := range rd.t.e.body.Files {
 		if f.Name != name {
@@ -85,6 +90,7 @@ func (rd *reader) File(ctx context.Context, name string) (io.ReadCloser, error) 
 // diskReader reads a disk of a point.
 type diskReader struct {
 	rd     *reader
+	ctx    context.Context // governs ReadAt, which takes none
 	m      *diskMap
 	h      *digest.Hasher
 	sums   map[int64]repository.Digest
@@ -196,7 +202,7 @@ func (d *diskReader) Leaves(ctx context.Context, index int64) ([]repository.Dige
 
 // ReadAt reads through the cache of decoded blocks.
 func (d *diskReader) ReadAt(p []byte, off int64) (int, error) {
-	if err := d.open(); err != nil {
+	if err := errors.Join(d.ctx.Err(), d.open()); err != nil {
 		return 0, err
 	}
 	if off < 0 {
@@ -220,7 +226,7 @@ func (d *diskReader) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (d *diskReader) readPart(index int64, skip int, p []byte) error {
-	id, zero, _, err := d.block(d.rd.ctx, index)
+	id, zero, _, err := d.block(d.ctx, index)
 	if err != nil {
 		return err
 	}
@@ -228,7 +234,7 @@ func (d *diskReader) readPart(index int64, skip int, p []byte) error {
 		clear(p)
 		return nil
 	}
-	b, err := d.rd.r.cache.get(d.rd.ctx, id, func(ctx context.Context) ([]byte, int64, error) {
+	b, err := d.rd.r.cache.get(d.ctx, id, func(ctx context.Context) ([]byte, int64, error) {
 		b, err := d.fetch(ctx, index, id)
 		return b, int64(len(b)), err
 	})

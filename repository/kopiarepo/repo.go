@@ -35,6 +35,8 @@ type Repository struct {
 	maps    *mapCache
 	workers chan struct{} // bounds blocks being stored
 
+	maintaining sync.Mutex // one maintenance at a time
+
 	notes sync.Mutex // orders writers of notes, so that their generations grow
 
 	mu         sync.Mutex
@@ -102,7 +104,7 @@ func assemble(cfg Config, realClock bool, dir *dirStore, id string, master, slot
 		store.clock = cfg.Clock
 	}
 	store.forgetSource()
-	store.put = map[blob.ID]int64{}
+	store.put = map[blob.ID]putInfo{}
 	r := &Repository{
 		cfg: cfg, dir: dir, keys: k, own: own, inv: inv, store: store, slot: slot,
 		client: &clientAnchors{file: cfg.AnchorFile},

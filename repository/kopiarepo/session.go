@@ -22,7 +22,7 @@ type session struct {
 	r     *Repository
 	dr    repo.DirectRepository
 	w     repo.DirectRepositoryWriter
-	begun int64 // Unix seconds
+	begun int64 // puts before this session
 
 	mu    sync.Mutex
 	packs map[blob.ID]packState
@@ -51,7 +51,7 @@ func (r *Repository) newSession(ctx context.Context, purpose string) (*session, 
 		return nil, fmt.Errorf("storage engine: %w", err)
 	}
 	return &session{
-		r: r, dr: dr, w: w, begun: r.cfg.Clock().Unix(),
+		r: r, dr: dr, w: w, begun: r.store.putCount(),
 		packs: map[blob.ID]packState{}, seen: map[uint64]struct{}{},
 	}, nil
 }
@@ -177,8 +177,8 @@ func (s *session) judge(ctx context.Context, info content.Info) (packState, erro
 	if s.r.isQuarantined(pack) {
 		return packBad, nil
 	}
-	if _, ok := s.r.store.wasPut(pack); ok {
-		if info.TimestampSeconds >= s.begun {
+	if put, ok := s.r.store.wasPut(pack); ok {
+		if put.order > s.begun {
 			return packFresh, nil
 		}
 	} else {

@@ -93,6 +93,11 @@ func (r *Repository) Begin(ctx context.Context, spec *repository.PointSpec) (_ r
 	r.mu.Lock()
 	r.active[w.id] = true
 	r.mu.Unlock()
+	if w.parent != nil {
+		if err := w.pinParent(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("pin the parent: %w", err), w.Abort(ctx))
+		}
+	}
 	return w, nil
 }
 
@@ -170,12 +175,6 @@ func (w *writer) Disk(ctx context.Context, spec repository.DiskSpec) (repository
 			return nil, err
 		}
 		d.parent = m
-		if err := w.pinParent(ctx); err != nil {
-			return nil, fmt.Errorf("pin the parent: %w", err)
-		}
-	}
-	if spec.BlockSize == 0 {
-		spec.BlockSize = w.r.cfg.BlockSize
 	}
 	d.geometry = geometry{spec.Size, spec.BlockSize}
 	if err := d.valid(); err != nil {
@@ -197,6 +196,9 @@ func (w *writer) Disk(ctx context.Context, spec repository.DiskSpec) (repository
 
 // File stores a small file.
 func (w *writer) File(ctx context.Context, name string, rd io.Reader) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if !partPattern.MatchString(name) {
 		return fmt.Errorf("file name %q is not valid", name)
 	}
