@@ -148,6 +148,14 @@ func (w *World) AddForeignSnapshot(vm hypervisor.VMID, name string) error {
 	})
 }
 
+// RemoveForeignSnapshot removes what AddForeignSnapshot made.
+func (w *World) RemoveForeignSnapshot(vm hypervisor.VMID, name string) error {
+	if hypervisor.IsOurs(name) {
+		return fmt.Errorf("%q is a name that Holdfast gives", name)
+	}
+	return w.edit(vm, "", func(v *vmState, _ *diskState) { delete(v.snaps, name) })
+}
+
 // Foreign lists the snapshots of a VM that are not Holdfast's, sorted.
 func (w *World) Foreign(vm hypervisor.VMID) []string {
 	w.mu.Lock()
