@@ -36,6 +36,7 @@ func TestQEMUReadWrite(t *testing.T) {
 	require.EqualValues(t, len(want), c.Size())
 	require.True(t, c.StructuredReplies())
 	require.True(t, c.BlockSizes().Advertised)
+	require.Equal(t, 3, c.Connections())
 	require.EqualValues(t, maxQEMU, c.BlockSizes().Maximum)
 
 	got := make([]byte, len(want))

@@ -2,6 +2,7 @@ package nbd_test
 
 import (
 	"context"
+	"crypto/tls"
 	"os"
 	"path/filepath"
 	"strings"
@@ -199,6 +200,15 @@ func TestTLSAgainstTools(t *testing.T) {
 			_, err = c.ReadAt(got, 0)
 			require.NoError(t, err)
 			requireSame(t, want, got, "over TLS")
+
+			old := cfg
+			old.TLS = p.clientTLS()
+			old.TLS.MaxVersion = tls.VersionTLS12
+			c = dial(t, old)
+			clear(got)
+			_, err = c.ReadAt(got, 0)
+			require.NoError(t, err)
+			requireSame(t, want, got, "over TLS 1.2")
 
 			anonymous := cfg
 			anonymous.TLS = p.clientTLS()

@@ -356,8 +356,10 @@ func (e *ExportInfo) setBlockSizes(b []byte) error {
 	return nil
 }
 
-// abort ends the handshake in the orderly way and closes the connection.
+// abort ends the handshake in the orderly way, which must not take long, and closes the connection.
 func (n *negotiator) abort() {
+	cut := time.AfterFunc(goodbyeTimeout, func() { _ = rawConn(n.nc).Close() })
+	defer cut.Stop()
 	if n.fixed && n.option(optAbort, nil) == nil {
 		_, _, _ = n.reply(optAbort) // servers may close without an answer
 	}

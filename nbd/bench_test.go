@@ -1,6 +1,7 @@
 package nbd_test
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -37,6 +38,43 @@ func readAll(c *nbd.Client, inflight int) error {
 	wg.Wait()
 	close(errs)
 	return <-errs
+}
+
+// BenchmarkRead reads from our own server over one unix socket.
+func BenchmarkRead(b *testing.B) {
+	for _, size := range []int{4 << 10, 64 << 10, 1 << 20} {
+		for _, inflight := range []int{1, 8} {
+			b.Run(fmt.Sprintf("size=%d/inflight=%d", size, inflight), func(b *testing.B) {
+				m := newMem(64 * mib)
+				_, cfg := serveMem(b, readOnlyBackend{m})
+				c := dial(b, cfg)
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				var next atomic.Int64
+				var wg sync.WaitGroup
+				errs := make(chan error, inflight)
+				b.ResetTimer()
+				for range inflight {
+					wg.Go(func() {
+						p := make([]byte, size)
+						for {
+							i := next.Add(1) - 1
+							if i >= int64(b.N) {
+								return
+							}
+							if _, err := c.ReadAt(p, i*int64(size)%c.Size()); err != nil {
+								errs <- err
+								return
+							}
+						}
+					})
+				}
+				wg.Wait()
+				close(errs)
+				require.NoError(b, <-errs)
+			})
+		}
+	}
 }
 
 // BenchmarkAgainstNBDCopy reads an allocated image from qemu-nbd over one unix socket, alternately with
