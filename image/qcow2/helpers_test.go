@@ -116,6 +116,7 @@ func small() (image, disk []byte) {
 	be.PutUint64(l2[24:], 6*cs|flagCompressed)
 	be.PutUint64(l2[32:], 4*cs|flagCopied)
 	be.PutUint64(l2[40:], 5*cs|flagCopied)
+	be.PutUint64(l2[64:], 5*cs|flagCopied) // behind the end of the disk
 	copy(disk[0:], b[3*cs:4*cs])
 	copy(disk[3*cs:], packed)
 	copy(disk[4*cs:], b[4*cs:6*cs])

@@ -149,7 +149,7 @@ func (f *thin) WriteAt(p []byte, off int64) (int, error) {
 // An image with several refcount blocks, and with a number of clusters near the edge of a block.
 func TestWriterManyRefcountBlocks(t *testing.T) {
 	needTool(t, "qemu-img")
-	for _, extra := range []int64{0, 500, 504, 505, 506, 507, 508, 1000, 40000} {
+	for _, extra := range []int64{0, 484, 485, 486, 487, 488, 489, 490, 491, 492, 40000} {
 		const size = 64 << 40
 		f, err := os.Create(filepath.Join(t.TempDir(), "disk.qcow2"))
 		require.NoError(t, err)
@@ -208,6 +208,68 @@ func TestWriterRules(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, left)
 }
+
+func TestNameTakenMeanwhile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "d")
+	w, err := Create(path, 10)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, []byte("precious"), 0o600))
+	require.ErrorIs(t, w.Commit(), fs.ErrExist)
+	require.NoError(t, w.Close())
+	got, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.Equal(t, "precious", string(got))
+	require.NoFileExists(t, path+PartialSuffix)
+}
+
+// One write across the border of two L2 tables, with data, zeros and data.
+func TestWriterRunAcrossTables(t *testing.T) {
+	needTool(t, "qemu-img")
+	dir := t.TempDir()
+	path := filepath.Join(dir, "disk.qcow2")
+	w, err := Create(path, 1<<30)
+	require.NoError(t, err)
+	truth := newTruth(t, dir, 1<<30)
+	p := make([]byte, 5<<20)
+	for i := range p {
+		if i < 3<<20 || i >= 4<<20 {
+			p[i] = byte(i>>16 + 1)
+		}
+	}
+	for _, f := range []io.WriterAt{w, truth} {
+		_, err := f.WriteAt(p, 510<<20)
+		require.NoError(t, err)
+	}
+	require.NoError(t, w.Commit())
+	judge(t, path, truth.Name())
+}
+
+func BenchmarkWriter(b *testing.B) {
+	p := make([]byte, 1<<20)
+	for i := range p {
+		p[i] = byte(i)
+	}
+	for name, block := range map[string][]byte{"data": p, "zeros": make([]byte, 1<<20)} {
+		b.Run(name, func(b *testing.B) {
+			w, err := NewWriter(nowhere{}, MaxSize)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(1 << 20)
+			b.ReportAllocs()
+			for i := int64(0); b.Loop(); i++ {
+				if _, err := w.WriteAt(block, i<<20); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+type nowhere struct{}
+
+func (nowhere) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+func (nowhere) Sync() error                            { return nil }
 
 var errDisk = errors.New("no space")
 
