@@ -1,0 +1,12 @@
+// Command holdfast backs up, restores and verifies virtual machines.
+package main
+
+import (
+	"context"
+	"os"
+)
+
+func main() {
+	p := system()
+	os.Exit(p.run(context.Background(), os.Args[1:]))
+}
