@@ -29,7 +29,7 @@ func TestA2RunningVM(t *testing.T) {
 	}
 
 	truth := r.truth(vm, "vda", "vdb")
-	full := r.underWrites(vm, "vda", 400*mib, 112*mib, 0x51)
+	full := r.underWrites(vm, "vda", 360*mib, 152*mib, 0x51)
 	require.Equal(t, map[string]string{"vda": "full first", "vdb": "full first"}, full.modes())
 	r.same(full.Point, truth)
 
@@ -37,13 +37,16 @@ func TestA2RunningVM(t *testing.T) {
 		off := r.rnd.Int64N(sizes["vda"]/512-200) * 512
 		vm.Write("vda", off, 512*(1+r.rnd.Int64N(160)), byte(0x60+i))
 	}
+	vm.Write("vda", 64*mib, 64*mib, 0x61)
+	vm.Write("vda", 400*mib, 112*mib, 0x62)
+	vm.Write("vda", 128*mib, 170*mib, 0x63)
 	vm.Discard("vda", 30*mib, 3*mib)
 	vm.WriteZero("vdb", 20*mib+65536, mib)
 	vm.Discard("vdb", 60*mib, 512*1024)
 	vm.Write("vdb", sizes["vdb"]-1024, 1024, 0xE2)
 	vm.Write("vda", sizes["vda"]-512, 512, 0xE3)
 	truth = r.truth(vm, "vda", "vdb")
-	inc := r.underWrites(vm, "vda", 0, 112*mib, 0x52)
+	inc := r.underWrites(vm, "vda", 360*mib, 152*mib, 0x52)
 	require.Equal(t, map[string]string{"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks"}, inc.modes())
 	r.same(inc.Point, truth)
 	r.same(full.Point, map[string]string{}) // the first point still restores
@@ -115,12 +118,11 @@ func (r *rig) underWrites(vm *kvmlab.VM, disk string, off, n int64, pattern byte
 			return
 		}
 		wg.Go(func() {
-			const step = 16 * mib
+			const step, flight = 32 * mib, 16 * mib                    // flight: blocks above done that may be read already
 			for at := off + n; at > off && failed == nil; at -= step { // from the end, against the reader
 				begin := max(off, at-step)
-				before := done.Load()
 				failed = vm.TryWrite(kvmlab.WriteOp{Disk: disk, Off: begin, Len: at - begin, Pattern: pattern})
-				ahead += max(0, at-max(begin, before)) / mib
+				ahead += max(0, at-max(begin, done.Load()+flight)) / mib
 			}
 		})
 	}, r.backupArgs(vm.Name)...)

@@ -43,6 +43,18 @@ func TestA3Changes(t *testing.T) {
 				vm.KillQEMU()
 				vm.Start(kvmlab.Paused)
 			},
+			// QEMU never stopped in order since the baseline: its bitmaps were never
+			// written into the images.
+			want: map[string]string{"vda": "full tracking-lost", "vdb": "full tracking-lost"},
+		},
+		"QEMU killed after an orderly stop": {
+			disks: two,
+			change: func(r *rig, vm *kvmlab.VM) {
+				vm.Destroy()
+				vm.Start(kvmlab.Paused)
+				vm.KillQEMU()
+				vm.Start(kvmlab.Paused)
+			},
 			want: map[string]string{"vda": "full tracking-inconsistent", "vdb": "full tracking-inconsistent"},
 		},
 		"disk added": {
