@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"io"
 	"unicode/utf8"
 )
@@ -96,7 +97,7 @@ func readStream(r io.Reader, p []byte) error {
 }
 
 func streamError(err error) error {
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return corrupt("the file ends within a structure")
 	}
 	return err

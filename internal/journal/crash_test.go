@@ -320,12 +320,11 @@ func TestFaultOnce(t *testing.T) {
 			require.Error(t, closeErr) // obligations are open
 		}
 		for _, late := range []bool{false, true} {
-			got := truth{}
 			live, err := List("d", &Options{FS: c.clone(late, 1<<20, nil)})
 			require.NoError(t, err)
 			require.Len(t, live, 1)
 			require.NoError(t, live[0].Err)
-			got = handles(live[0].Open)
+			got := handles(live[0].Open)
 			for id := range must {
 				require.Contains(t, got, id, "operation %d failed: an acknowledged intent is lost", at)
 			}
