@@ -248,7 +248,7 @@ func (r *Repository) scanRecord(ctx context.Context, sc *scan, known map[place]k
 	switch {
 	case errors.Is(err, errNoBlob):
 		// Deleted since it was listed? The tombstone comes before the record goes.
-		_, dead, err := r.conn.stat(ctx, at.blob(prefixTomb))
+		dead, err := r.buried(ctx, at)
 		if dead {
 			sc.dead[at.id] = at
 		}
@@ -328,7 +328,7 @@ func (r *Repository) lookup(ctx context.Context, id repository.PointID) (*pointR
 	if err != nil {
 		return nil, err
 	}
-	_, dead, err := r.conn.stat(ctx, at.blob(prefixTomb))
+	dead, err := r.buried(ctx, at)
 	if err != nil {
 		return nil, err
 	}
@@ -343,4 +343,18 @@ func (r *Repository) lookup(ctx context.Context, id repository.PointID) (*pointR
 		return nil, fmt.Errorf("point %s: %w", id, err)
 	}
 	return rec, nil
+}
+
+// buried reports whether a point has a tombstone. One that cannot be trusted
+// deletes nothing.
+func (r *Repository) buried(ctx context.Context, at place) (bool, error) {
+	name := at.blob(prefixTomb)
+	raw, err := r.conn.get(ctx, name)
+	if errors.Is(err, errNoBlob) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return r.unseal(name, raw, &tombstone{}) == nil, nil
 }

@@ -59,7 +59,6 @@ const (
 	StoreTouch  StoreOpKind = "touch" // shields a blob that is stored already from maintenance
 	StoreDelete StoreOpKind = "delete"
 	StoreGet    StoreOpKind = "get"
-	StoreStat   StoreOpKind = "stat"
 	StoreList   StoreOpKind = "list"
 )
 
@@ -240,16 +239,6 @@ func (c *storeConn) get(ctx context.Context, name string) (data []byte, err erro
 		return nil, err
 	}
 	return data, nil
-}
-
-func (c *storeConn) stat(ctx context.Context, name string) (size int64, ok bool, err error) {
-	err = c.do(ctx, StoreOp{Kind: StoreStat, Name: name}, nil, func(s *Store) error {
-		var b storeBlob
-		b, ok = s.blobs[name]
-		size = int64(len(b.data))
-		return nil
-	})
-	return size, ok, err
 }
 
 // list returns what begins with prefix, sorted by name.

@@ -108,13 +108,13 @@ func (c *storeConn) do(ctx context.Context, op StoreOp, data []byte, effect func
 	if c.dead.Load() { // killed by another goroutine while this one waited
 		return ErrKilled
 	}
-	if err := s.apply(op, data, effect); err != nil {
-		return err
-	}
+	err := s.apply(op, data, effect)
 	if fault.After {
-		return c.strike(ctx, op, fault)
+		if struck := c.strike(ctx, op, fault); struck != nil {
+			return struck
+		}
 	}
-	return nil
+	return err
 }
 
 func (c *storeConn) strike(ctx context.Context, op StoreOp, fault StoreFault) error {

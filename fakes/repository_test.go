@@ -3,6 +3,7 @@ package fakes_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"testing"
 	"time"
@@ -52,7 +53,11 @@ func readDisk(ctx context.Context, r repository.Repository, id repository.PointI
 	if err != nil {
 		return nil, err
 	}
-	return io.ReadAll(io.NewSectionReader(d, 0, d.Size()))
+	b := make([]byte, d.Size())
+	if n, err := d.ReadAt(b, 0); err != nil && !(errors.Is(err, io.EOF) && n == len(b)) {
+		return nil, err
+	}
+	return b, nil
 }
 
 func TestRepositoryOutlivesItsProcess(t *testing.T) {
