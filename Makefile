@@ -7,7 +7,7 @@ LAB_URL ?= qemu:///system
 
 # exists returns those of the given directories that are there, as packages below.
 exists = $(foreach d,$(1),$(if $(wildcard $(d)/.),./$(d)/...))
-RACE_PKGS = $(call exists,hypervisor repository fakes nbd image internal backup restore)
+RACE_PKGS = $(call exists,hypervisor repository fakes nbd internal backup restore)
 LAB_PKGS = $(call exists,drivers/kvm lab cmd)
 
 .PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants faults bench nightly
@@ -22,7 +22,7 @@ race: ## tests under the race detector, where goroutines are many
 	$(GO) test -race -timeout 15m $(RACE_PKGS)
 
 lint: tools ## golangci-lint, and go vet for each set of build tags
-	tools/bin/golangci-lint run ./...
+	tools/bin/golangci-lint run --allow-parallel-runners ./...
 	$(GO) vet ./...
 
 ci: ## what CI runs

@@ -25,6 +25,7 @@ func guestVM(t *testing.T, g kvmlab.Guest) (*kvmlab.Lab, *kvmlab.VM) {
 }
 
 func TestGuestFreezesAndThaws(t *testing.T) {
+	t.Parallel()
 	lab, vm := guestVM(t, kvmlab.Guest{Writer: true})
 	frozen, err := vm.TryFrozen()
 	require.NoError(t, err)
@@ -69,6 +70,7 @@ func TestGuestFreezesAndThaws(t *testing.T) {
 }
 
 func TestGuestLogSurvivesACopy(t *testing.T) {
+	t.Parallel()
 	lab, vm := guestVM(t, kvmlab.Guest{Writer: true})
 	vm.Sh("while [ $(wc -l < /mnt/log) -lt 50 ]; do usleep 50000; done")
 	vm.StopWriter()
@@ -107,6 +109,7 @@ func requireSameText(t *testing.T, want, got string) {
 }
 
 func TestAgentCanBeStoppedFromOutside(t *testing.T) {
+	t.Parallel()
 	_, vm := guestVM(t, kvmlab.Guest{})
 	vm.StopAgent()
 	_, err := vm.TryAgent("guest-ping", nil)
@@ -128,6 +131,7 @@ func eventually(t *testing.T, d time.Duration, f func() bool) {
 }
 
 func TestFreezeHookSleepsAndFails(t *testing.T) {
+	t.Parallel()
 	lab, vm := guestVM(t, kvmlab.Guest{HookSleep: 2 * time.Second})
 	_, err := lab.Virsh("domfsfreeze", vm.Name)
 	require.NoError(t, err)
@@ -147,6 +151,7 @@ func TestFreezeHookSleepsAndFails(t *testing.T) {
 }
 
 func TestGuestWithoutAgentHasItsControlPort(t *testing.T) {
+	t.Parallel()
 	lab, vm := guestVM(t, kvmlab.Guest{NoAgent: true})
 	require.Equal(t, "/mnt\n", vm.Sh("grep -o /mnt /proc/mounts"))
 	_, err := vm.TryAgent("guest-ping", nil)

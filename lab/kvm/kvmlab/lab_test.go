@@ -36,12 +36,14 @@ const (
 )
 
 func TestWritesReachTheTruthInEveryFormat(t *testing.T) {
+	t.Parallel()
 	formats := map[string]kvmlab.Format{
 		"qcow2": kvmlab.Qcow2, "qcow2v2": kvmlab.Qcow2V2, "raw": kvmlab.Raw,
 		"loop-raw": kvmlab.LoopRaw, "loop-qcow2": kvmlab.LoopQcow2,
 	}
 	for name, format := range formats {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			lab := kvmlab.Connect(t)
 			vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize, Format: format}}})
 			writes := []kvmlab.WriteOp{
@@ -67,6 +69,7 @@ func TestWritesReachTheTruthInEveryFormat(t *testing.T) {
 }
 
 func TestCompareNamesTheFirstDifference(t *testing.T) {
+	t.Parallel()
 	a := patternFile(t, 3*mib)
 	b := patternFile(t, 3*mib, kvmlab.WriteOp{Off: 2*mib + 7, Len: 1, Pattern: 1})
 	off, err := kvmlab.FirstDifference(a, b)
@@ -82,6 +85,7 @@ func TestCompareNamesTheFirstDifference(t *testing.T) {
 }
 
 func TestFailedWriteIsAnError(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: mib}}})
 	require.Error(t, vm.TryWrite(kvmlab.WriteOp{Disk: "vda", Off: 4 * mib, Len: 512}), "beyond the end")
@@ -91,6 +95,7 @@ func TestFailedWriteIsAnError(t *testing.T) {
 }
 
 func TestDiscardReadsAsZeroOnQcow2(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize, Data: []kvmlab.Range{{Off: 0, Len: 4 * mib}}, Seed: 1}}})
 	vm.Discard("vda", 0, 4*mib)
@@ -98,6 +103,7 @@ func TestDiscardReadsAsZeroOnQcow2(t *testing.T) {
 }
 
 func TestSeededDataIsTheSameTwice(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	spec := kvmlab.Disk{Size: oddSize, Data: []kvmlab.Range{{Off: mib, Len: 3*mib + 1}}, Seed: 42}
 	raw := spec
@@ -114,6 +120,7 @@ func TestSeededDataIsTheSameTwice(t *testing.T) {
 }
 
 func TestKillLosesNothingThatWasFlushed(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize}}})
 	op := kvmlab.WriteOp{Disk: "vda", Off: mib, Len: mib, Pattern: 0x44}
@@ -127,6 +134,7 @@ func TestKillLosesNothingThatWasFlushed(t *testing.T) {
 }
 
 func TestUndefineAndRedefineKeepIdentity(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize}}, UEFI: true, MACs: []string{"52:54:00:00:00:01"}})
 	uuid, nvram := vm.UUID(), vm.NVRAM()
@@ -155,6 +163,7 @@ func bitmapsOf(t *testing.T, vm *kvmlab.VM, disk string) []string {
 }
 
 func TestDisksComeGoAndGrow(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize}}})
 	require.Equal(t, "vdb", vm.AttachDisk(kvmlab.Disk{Size: 3 * mib, Format: kvmlab.Raw}), "hot")
@@ -186,6 +195,7 @@ func TestDisksComeGoAndGrow(t *testing.T) {
 }
 
 func TestExternalSnapshotMovesTheTruth(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize}, {Size: mib}}})
 	first := kvmlab.WriteOp{Disk: "vda", Off: 0, Len: mib, Pattern: 1}
@@ -201,6 +211,7 @@ func TestExternalSnapshotMovesTheTruth(t *testing.T) {
 }
 
 func TestTransientMachineAndSpecialDevices(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Transient: true, AgentChannel: true, Disks: []kvmlab.Disk{
 		{Size: oddSize, Serial: "S-1"},
@@ -218,6 +229,7 @@ func TestTransientMachineAndSpecialDevices(t *testing.T) {
 }
 
 func TestCensusFindsWhatABackupLeaves(t *testing.T) {
+	t.Parallel()
 	lab := kvmlab.Connect(t)
 	vm := lab.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: oddSize}}})
 	dir := filepath.Join(lab.Dir, "work")
@@ -275,6 +287,7 @@ func formatNode(t *testing.T, vm *kvmlab.VM) string {
 }
 
 func TestCleanupRemovesEverythingOfTheLab(t *testing.T) {
+	t.Parallel()
 	outer := kvmlab.Connect(t)
 	stays := outer.VM(t, kvmlab.Spec{Power: kvmlab.Off})
 	var prefix, dir string
@@ -299,6 +312,7 @@ func TestCleanupRemovesEverythingOfTheLab(t *testing.T) {
 }
 
 func TestSmallFileSystemFillsUp(t *testing.T) {
+	t.Parallel()
 	kvmlab.Connect(t)
 	f := kvmlab.NewSmallFS(t, 4*mib)
 	require.LessOrEqual(t, f.Free(), 4*mib)
