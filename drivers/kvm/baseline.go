@@ -51,7 +51,8 @@ func (p *baselinePlan) invalidate(disk string, reason hypervisor.Reason, err err
 // planBaselines checks the baselines as far as that is possible without a job,
 // and defines checkpoints again that libvirt has lost but the images have not.
 // The domain must run.
-func (d *Driver) planBaselines(ctx context.Context, vm *hypervisor.VM, disks []hypervisor.DiskID, since []hypervisor.Baseline) (*baselinePlan, error) {
+func (d *Driver) planBaselines(ctx context.Context, m *machine, disks []hypervisor.DiskID, since []hypervisor.Baseline) (*baselinePlan, error) {
+	vm := m.VM
 	p := &baselinePlan{verdicts: sinceSet{}, order: map[string][]hypervisor.Baseline{}}
 	if len(since) == 0 {
 		return p, nil
@@ -62,7 +63,7 @@ func (d *Driver) planBaselines(ctx context.Context, vm *hypervisor.VM, disks []h
 	}
 	tokens := map[hypervisor.Baseline]*token{}
 	for _, b := range since {
-		t, err := d.checkBaseline(vm, disks, b)
+		t, err := checkBaseline(m, disks, b)
 		p.verdicts[b] = err
 		if err == nil {
 			tokens[b] = t
@@ -115,7 +116,8 @@ func (d *Driver) planBaselines(ctx context.Context, vm *hypervisor.VM, disks []h
 }
 
 // checkBaseline holds a baseline against the disk that is there now.
-func (d *Driver) checkBaseline(vm *hypervisor.VM, disks []hypervisor.DiskID, b hypervisor.Baseline) (*token, error) {
+func checkBaseline(m *machine, disks []hypervisor.DiskID, b hypervisor.Baseline) (*token, error) {
+	vm := m.VM
 	invalid := func(r hypervisor.Reason, format string, args ...any) (*token, error) {
 		return nil, &hypervisor.BaselineError{Reason: r, Err: fmt.Errorf(format, args...)}
 	}
@@ -132,6 +134,8 @@ func (d *Driver) checkBaseline(vm *hypervisor.VM, disks []hypervisor.DiskID, b h
 		return invalid(hypervisor.ReasonBaselineMissing, "%q is not a checkpoint of ours", b.Name)
 	case err != nil:
 		return invalid(hypervisor.ReasonBaselineMissing, "%w", err)
+	case m.notes.forgot(b.Name, string(b.Disk)):
+		return invalid(hypervisor.ReasonBaselineMissing, "it was forgotten")
 	case t.Content != "" && t.Content != disk.Content:
 		return invalid(hypervisor.ReasonDiskReplaced, "%s, now %s", t.Content, disk.Content)
 	case t.Size != 0 && t.Size != disk.Size:

@@ -27,6 +27,7 @@ type conn interface {
 	start(ctx context.Context, uuid string, flags uint32) error
 	destroy(ctx context.Context, uuid string) error
 	shutdown(ctx context.Context, uuid string) error
+	resume(ctx context.Context, uuid string) error
 	// setMetadata stores an element under metadataURI; empty removes it.
 	setMetadata(ctx context.Context, uuid, xml string, flags uint32) error
 

@@ -252,3 +252,7 @@ func (c *dlopenConn) poolXML(ctx context.Context, name string) (string, error) {
 		return p.GetXMLDesc(0)
 	})
 }
+
+func (c *dlopenConn) resume(ctx context.Context, uuid string) error {
+	return doDomain(ctx, c, uuid, func(d *libvirt.Domain) error { return d.Resume() })
+}

@@ -239,3 +239,7 @@ func (c *rpcConn) poolXML(ctx context.Context, name string) (string, error) {
 		return l.StoragePoolGetXMLDesc(p, 0)
 	})
 }
+
+func (c *rpcConn) resume(ctx context.Context, uuid string) error {
+	return doDomain(ctx, c, uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error { return l.DomainResume(d) })
+}

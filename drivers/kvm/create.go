@@ -94,7 +94,7 @@ func (c *creation) run(ctx context.Context, uuid string) (*snapshot, error) {
 			return nil, err
 		}
 	}
-	if c.plan, err = d.planBaselines(ctx, c.m.VM, c.disks, c.opts.Since); err != nil {
+	if c.plan, err = d.planBaselines(ctx, c.m, c.disks, c.opts.Since); err != nil {
 		return nil, err
 	}
 	if c.m.active() {
@@ -383,7 +383,8 @@ func (c *creation) finish(ctx context.Context, achieved hypervisor.Achieved) (*s
 		return nil, err
 	}
 	s.cp = cp
-	return s, nil
+	note := &snapshotNote{Run: s.name, Token: s.Ref().Token}
+	return s, d.editNotes(ctx, c.m.UUID, affectLive, func(n *notes) { n.Snapshot = note })
 }
 
 // undo removes whatever the creation has made.

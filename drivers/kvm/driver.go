@@ -30,8 +30,8 @@ type Driver struct {
 }
 
 var (
-	_ hypervisor.Hypervisor = (*Driver)(nil)
-	_ hypervisor.Thawer     = (*Driver)(nil)
+	_ hypervisor.Target = (*Driver)(nil)
+	_ hypervisor.Thawer = (*Driver)(nil)
 )
 
 // Open connects to the daemon that cfg.URI names and asks for its version. ctx
@@ -91,7 +91,6 @@ func newDriver(ctx context.Context, cfg Config, ep *endpoint, c conn) (*Driver, 
 			ChangeTracking: ep.local,
 			AtomicDisks:    ep.local,
 			RandomRead:     ep.local,
-			RandomWrite:    ep.local,
 			Baselines:      ep.local,
 		},
 	}

@@ -125,7 +125,7 @@ func (d *Driver) inventory(ctx context.Context, uuid string, probe bool) (*machi
 	if c := m.notes.Created; c != nil && hypervisor.IsOurs(c.Owner) {
 		vm.Owner, vm.Incomplete = c.Owner, c.Incomplete != ""
 	}
-	if vm.Disks, err = d.disks(ctx, uuid, dom); err != nil {
+	if vm.Disks, err = d.disks(ctx, m); err != nil {
 		return nil, err
 	}
 	vm.Attachments = d.attachments(dom)
@@ -136,11 +136,16 @@ func (d *Driver) inventory(ctx context.Context, uuid string, probe bool) (*machi
 const nativeFormat = "libvirt-domain-xml"
 
 // disks classifies all disks and asks for their sizes.
-func (d *Driver) disks(ctx context.Context, uuid string, dom *libvirtxml.Domain) ([]hypervisor.Disk, error) {
+func (d *Driver) disks(ctx context.Context, m *machine) ([]hypervisor.Disk, error) {
+	uuid, dom := m.VM.UUID, m.dom
 	var disks []hypervisor.Disk
 	for i := range dom.Devices.Disks {
 		disk := classify(&dom.Devices.Disks[i], i, d.ep.local)
-		if disk.Storage != "" && disk.ID != "" {
+		if m.Incomplete {
+			if f := m.notes.Created.disk(disk.ID); f != nil {
+				disk.Size = f.Size
+			}
+		} else if disk.Storage != "" && disk.ID != "" {
 			size, err := d.conn.capacity(ctx, uuid, string(disk.ID))
 			switch {
 			case err == nil:

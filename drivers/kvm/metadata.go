@@ -32,6 +32,9 @@ type notes struct {
 	// Freeze says that a run told the guest to freeze; it is in the live
 	// definition alone.
 	Freeze *runNote `xml:"freeze"`
+	// Snapshot is the reference to the unreleased snapshot; it is in the live
+	// definition alone.
+	Snapshot *snapshotNote `xml:"snapshot"`
 	// Forgotten lists disks of checkpoints whose baseline nobody needs any more,
 	// although the checkpoint must stay for other disks.
 	Forgotten []forgottenNote `xml:"forgotten"`
@@ -39,6 +42,11 @@ type notes struct {
 
 type runNote struct {
 	Run string `xml:"run,attr"`
+}
+
+type snapshotNote struct {
+	Run   string `xml:"run,attr"`
+	Token string `xml:"token,attr"`
 }
 
 type createdNote struct {
@@ -51,8 +59,10 @@ type createdNote struct {
 type fileNote struct {
 	Path string `xml:"path,attr"`
 	// Disk is the slot, Format and Size (bytes) are those of its image; empty for
-	// files that are no disk.
+	// files that are no disk. Alias is the ID that the disk had where it came
+	// from, if libvirt does not take that for a slot.
 	Disk   string `xml:"disk,attr,omitempty"`
+	Alias  string `xml:"alias,attr,omitempty"`
 	Format string `xml:"format,attr,omitempty"`
 	Size   int64  `xml:"size,attr,omitempty"`
 }
@@ -63,7 +73,7 @@ type forgottenNote struct {
 }
 
 func (n *notes) empty() bool {
-	return n.Created == nil && n.Started == nil && n.Freeze == nil && len(n.Forgotten) == 0
+	return n.Created == nil && n.Started == nil && n.Freeze == nil && n.Snapshot == nil && len(n.Forgotten) == 0
 }
 
 // forget notes that a disk's baseline is not needed.

@@ -41,6 +41,9 @@ func (s *snapshot) Extents(ctx context.Context, disk hypervisor.DiskID, since *h
 		for off := int64(0); off < size; off += statusWindow {
 			n := min(statusWindow, size-off)
 			for e, err := range c.BlockStatusMulti(ctx, contexts, off, n) {
+				if err == nil {
+					err = ctx.Err()
+				}
 				if err != nil {
 					stop(s.explain(ctx, err))
 					return
@@ -56,7 +59,7 @@ func (s *snapshot) Extents(ctx context.Context, disk hypervisor.DiskID, since *h
 		}
 		// The job may have ended after the last answer; what it said was true, but
 		// a caller must not take an abandoned snapshot for a good one.
-		if err := s.usable(); err != nil {
+		if err := errors.Join(ctx.Err(), s.usable()); err != nil {
 			stop(err)
 		}
 	}

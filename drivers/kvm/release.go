@@ -70,6 +70,11 @@ func (d *Driver) dismantle(ctx context.Context, uuid, name string, keep []hyperv
 	if gone {
 		return err
 	}
+	err = errors.Join(err, d.editNotes(ctx, uuid, affectLive, func(n *notes) {
+		if n.Snapshot != nil && n.Snapshot.Run == name {
+			n.Snapshot = nil
+		}
+	}))
 	ferr := d.forget(ctx, uuid, name, func(disk string) bool { return !slices.Contains(keep, hypervisor.DiskID(disk)) })
 	if errors.Is(ferr, hypervisor.ErrNotFound) && ctx.Err() == nil {
 		ferr = nil // no disk is tracked, or it is deleted already
@@ -123,6 +128,9 @@ func (d *Driver) Snapshots(ctx context.Context, id hypervisor.VMID) iter.Seq2[hy
 				Achieved: hypervisor.Achieved{AcrossDisks: true, Means: "unknown", Reason: "found, not created, by this process"},
 			}
 			ref := hypervisor.SnapshotRef{Platform: hypervisor.KVM, VM: m.ID, Name: name, Token: t.encode()}
+			if n := m.notes.Snapshot; n != nil && n.Run == name {
+				ref.Token = n.Token // complete: the snapshot can be resumed
+			}
 			if !yield(ref, nil) {
 				return
 			}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -52,7 +53,14 @@ func (s *snapshot) Ref() hypervisor.SnapshotRef {
 	return hypervisor.SnapshotRef{Platform: hypervisor.KVM, VM: hypervisor.VMID(s.uuid), Name: s.name, Token: t.encode()}
 }
 
-func (s *snapshot) VM() *hypervisor.VM { return s.vm }
+// VM returns a copy: the caller may change it.
+func (s *snapshot) VM() *hypervisor.VM {
+	vm := *s.vm
+	vm.Disks, vm.NICs, vm.Attachments = slices.Clone(vm.Disks), slices.Clone(vm.NICs), slices.Clone(vm.Attachments)
+	vm.Tags, vm.Native.Data = maps.Clone(vm.Tags), slices.Clone(vm.Native.Data)
+	vm.Hardware.Boot = slices.Clone(vm.Hardware.Boot)
+	return &vm
+}
 
 func (s *snapshot) Consistency() hypervisor.Achieved { return s.achieved }
 

@@ -1,0 +1,106 @@
+package kvm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/holdfast-backup/holdfast/hypervisor"
+	"github.com/holdfast-backup/holdfast/hypervisor/hypervisortest"
+	"github.com/holdfast-backup/holdfast/lab/kvm/kvmlab"
+)
+
+// guestWriter writes bytes to disks of a VM as its guest would, through the
+// monitor.
+type guestWriter struct {
+	l  *lab
+	vm *kvmlab.VM
+	mu sync.Mutex
+	n  int
+}
+
+func (g *guestWriter) write(disk hypervisor.DiskID, p []byte, off int64) error {
+	g.mu.Lock()
+	g.n++
+	file := filepath.Join(g.l.Dir, fmt.Sprintf("write-%d", g.n))
+	g.mu.Unlock()
+	if err := os.WriteFile(file, p, 0o600); err != nil {
+		return err
+	}
+	defer os.Remove(file) //nolint:errcheck // the lab's directory goes anyway
+	_, err := g.l.Virsh("qemu-monitor-command", g.vm.Name, "--hmp", fmt.Sprintf(
+		`qemu-io -d /machine/peripheral/virtio-disk%d/virtio-backend "write -s %s %d %d"`, disk[2]-'a', file, off, len(p)))
+	return err
+}
+
+func (g *guestWriter) op(kind kvmlab.WriteKind) func(hypervisor.DiskID, int64, int64) error {
+	return func(disk hypervisor.DiskID, off, n int64) error {
+		return g.vm.TryWrite(kvmlab.WriteOp{Disk: string(disk), Off: off, Len: n, Kind: kind})
+	}
+}
+
+// leftovers lists what is left of ours, apart from baselines.
+func (l *lab) leftovers(vms ...*kvmlab.VM) ([]string, error) {
+	all, err := l.Leftovers(vms, l.cfg.ScratchDir, l.cfg.StorageDir)
+	var out []string
+	for _, x := range all {
+		// Sockets of other programs on this host are listed too.
+		if x.Kind != kvmlab.LeftCheckpoint && (x.Kind != kvmlab.LeftSocket || strings.HasPrefix(x.ID, l.Dir)) {
+			out = append(out, x.String())
+		}
+	}
+	for _, vm := range vms {
+		text, xerr := l.Virsh("dumpxml", vm.Name)
+		err = errors.Join(err, xerr)
+		if strings.Contains(text, metadataURI) {
+			out = append(out, "notes in "+vm.Name+": "+text[:strings.Index(text, "<memory")])
+		}
+	}
+	return out, err
+}
+
+// TestLiveConformance runs the suite for drivers on a real libvirtd and QEMU.
+func TestLiveConformance(t *testing.T) {
+	l := newLab(t)
+	small := kvmlab.NewSmallFS(t, 64*mib)
+	vm := l.twoDisks(kvmlab.Paused)
+	other := l.VM(t, kvmlab.Spec{Disks: []kvmlab.Disk{{Size: 2 * mib}}})
+	g := &guestWriter{l: l, vm: vm}
+	hypervisortest.Run(t, func(ht hypervisortest.T) *hypervisortest.Harness {
+		return &hypervisortest.Harness{
+			Hypervisor: l.d, VM: id(vm), OtherVM: id(other), SmallStorage: small.Dir,
+			GuestWrite: g.write, Discard: g.op(kvmlab.Discard), Zero: g.op(kvmlab.Zero),
+			Truth: func(disk hypervisor.DiskID) (io.ReaderAt, error) {
+				tr, err := vm.TryTruth(string(disk))
+				if err != nil {
+					return nil, err
+				}
+				b, err := os.ReadFile(tr.Path)
+				return bytes.NewReader(b), err
+			},
+			Reconnect: func() (hypervisor.Hypervisor, error) { return Open(l.ctx, l.cfg) },
+			Leftovers: func() ([]string, error) { return l.leftovers(vm, other) },
+			AddForeignSnapshot: func() (check, remove func() error, err error) {
+				const name = "other-product"
+				vm.ForeignCheckpoint(name, "vda", "vdb")
+				check = func() error {
+					if !slices.Contains(vm.Checkpoints(), name) {
+						return errors.New("the foreign checkpoint is gone")
+					}
+					return nil
+				}
+				return check, func() error { vm.DeleteCheckpoint(name); return nil }, nil
+			},
+		}
+	})
+	require.Empty(t, vm.Checkpoints())
+}
