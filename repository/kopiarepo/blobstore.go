@@ -341,6 +341,15 @@ func (s *blobStore) DeleteBlob(ctx context.Context, id blob.ID) error {
 	return s.dir.remove(ctx, blobFile(id))
 }
 
+// erase deletes a blob for good.
+func (s *blobStore) erase(ctx context.Context, id blob.ID) error {
+	s.mu.Lock()
+	delete(s.put, id)
+	delete(s.source, id)
+	s.mu.Unlock()
+	return s.dir.remove(ctx, blobFile(id))
+}
+
 // beginDeletes starts to collect deletions.
 func (s *blobStore) beginDeletes() {
 	s.mu.Lock()

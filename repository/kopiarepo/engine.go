@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
@@ -99,7 +100,7 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 		return nil, err
 	}
 	r, err := repo.Open(ctx, file, string(e.cfg.Password), &repo.Options{
-		TimeNowFunc:          e.cfg.Clock,
+		TimeNowFunc:          increasing(e.cfg.Clock),
 		DisableRepositoryLog: true,
 		DoNotWaitForUpgrade:  true,
 		OnFatalError: func(err error) {
@@ -121,6 +122,23 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	}
 	e.dr = dr
 	return dr, nil
+}
+
+// increasing makes a clock that never says the same twice: of two changes to one
+// thing at one instant, kopia drops the second.
+func increasing(clock func() time.Time) func() time.Time {
+	var mu sync.Mutex
+	var last time.Time
+	return func() time.Time {
+		mu.Lock()
+		defer mu.Unlock()
+		now := clock().Round(0)
+		if !now.After(last) {
+			now = last.Add(time.Microsecond)
+		}
+		last = now
+		return now
+	}
 }
 
 // writeConfig writes the file that kopia opens a repository by. kopia would write

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -63,7 +64,11 @@ func seed(t testing.TB) *rand.Rand {
 }
 
 func config(dir string) kopiarepo.Config {
-	return kopiarepo.Config{Dir: dir, Password: password, KDF: cheapKDF, Reserve: -1}
+	cfg := kopiarepo.Config{Dir: dir, Password: password, KDF: cheapKDF, Reserve: -1}
+	if os.Getenv("HOLDFAST_LOG") != "" {
+		cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	}
+	return cfg
 }
 
 func create(t testing.TB, cfg kopiarepo.Config) *kopiarepo.Repository {

@@ -292,6 +292,13 @@ func (v *inventory) problems() []string {
 	return slices.Clone(v.gaps)
 }
 
+// holds reports whether entry n was taken into account.
+func (v *inventory) holds(n int64) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return n <= v.head
+}
+
 func (v *inventory) position() (int64, sum) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -9,10 +9,7 @@ import (
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
-	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/maintenance"
-	"github.com/kopia/kopia/repo/maintenancestats"
-	"github.com/kopia/kopia/snapshot/snapshotmaintenance"
 
 	"github.com/holdfast-backup/holdfast/repository"
 )
@@ -141,7 +138,12 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 			if m.full {
 				mode = maintenance.ModeFull
 			}
-			runErr := snapshotmaintenance.Run(ctx, w, mode, false, maintenance.SafetyFull)
+			runErr := maintenance.RunExclusive(ctx, w, mode, false, func(ctx context.Context, p maintenance.RunParameters) error {
+				if p.Mode == maintenance.ModeFull {
+					return m.fullCycle(ctx, w, p.MaintenanceStartTime)
+				}
+				return maintenance.Run(ctx, p, maintenance.SafetyFull)
+			})
 			after, err := maintenance.GetSchedule(ctx, w)
 			if err != nil {
 				return errors.Join(runErr, err)
@@ -149,13 +151,7 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 			// A nil error is no proof that anything was done.
 			fullRan := !after.NextFullMaintenanceTime.Equal(before.NextFullMaintenanceTime)
 			m.report.Ran = m.full || fullRan || !after.NextQuickMaintenanceTime.Equal(before.NextQuickMaintenanceTime)
-			if runErr != nil {
-				return runErr
-			}
-			if m.full || fullRan {
-				return m.rewriteSparse(ctx, w, after)
-			}
-			return nil
+			return runErr
 		})
 	ids := r.store.collected()
 	if len(ids) > 0 {
@@ -169,12 +165,7 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 	return err
 }
 
-const (
-	deleteBatch = 64
-	// sparsePercent: a pack of which less is needed is written anew. kopia alone
-	// leaves packs of which 60 % are needed.
-	sparsePercent = 88
-)
+const deleteBatch = 64
 
 // deleteBlobs deletes blobs of kopia for good.
 func (m *maintainer) deleteBlobs(ctx context.Context, ids []blob.ID) error {
@@ -206,7 +197,7 @@ func (m *maintainer) deleteBlobs(ctx context.Context, ids []blob.ID) error {
 				return err
 			}
 		}
-		if err := r.dir.remove(ctx, blobFile(id)); err != nil {
+		if err := r.store.erase(ctx, id); err != nil {
 			return err
 		}
 		if critical(string(id)) {
@@ -223,7 +214,7 @@ func (m *maintainer) deleteBlobs(ctx context.Context, ids []blob.ID) error {
 // replacementsStored looks at what this handle stored: it may replace what goes.
 func (m *maintainer) replacementsStored(ctx context.Context, doomed map[blob.ID]bool) error {
 	for id, put := range m.r.store.allPut() {
-		if doomed[id] || !inventoried(string(id)) || m.r.inv.wasDeleted(string(id)) {
+		if doomed[id] || !inventoried(string(id)) {
 			continue
 		}
 		n, _, err := m.r.stored(ctx, id)
@@ -235,65 +226,4 @@ func (m *maintainer) replacementsStored(ctx context.Context, doomed map[blob.ID]
 		}
 	}
 	return nil
-}
-
-// rewriteSparse writes anew what is needed of packs that are mostly not. The old
-// packs go an hour later at the earliest, like those that kopia rewrites.
-func (m *maintainer) rewriteSparse(ctx context.Context, w repo.DirectRepositoryWriter, s *maintenance.Schedule) error {
-	if lastEnd(s, maintenance.TaskDeleteOrphanedBlobsFull, maintenance.TaskDeleteOrphanedBlobsQuick).
-		Before(lastEnd(s, maintenance.TaskRewriteContentsFull)) {
-		return nil // what was rewritten before must be gone first
-	}
-	ids, err := m.sparse(ctx)
-	if err != nil || len(ids) == 0 {
-		return err
-	}
-	return maintenance.ReportRun(ctx, w, maintenance.TaskRewriteContentsFull, s, func() (maintenancestats.Kind, error) {
-		return maintenance.RewriteContents(ctx, w, &maintenance.RewriteContentsOptions{ContentIDs: ids}, maintenance.SafetyFull)
-	})
-}
-
-func lastEnd(s *maintenance.Schedule, tasks ...maintenance.TaskType) (out time.Time) {
-	for _, task := range tasks {
-		for _, run := range s.Runs[task] {
-			if run.Success && run.End.After(out) {
-				out = run.End
-			}
-		}
-	}
-	return out
-}
-
-// minSparse: in small packs, padding and kopia's own index weigh too much to tell.
-const minSparse = 1 << 20
-
-// sparse returns the contents of packs of which little is needed.
-func (m *maintainer) sparse(ctx context.Context) ([]content.ID, error) {
-	used := map[blob.ID]int64{}
-	cr := m.dr.ContentReader()
-	err := cr.IterateContents(ctx, content.IterateOptions{IncludeDeleted: true}, func(ci content.Info) error {
-		used[ci.PackBlobID] += int64(ci.PackedLength)
-		return ctx.Err()
-	})
-	if err != nil {
-		return nil, err
-	}
-	thin := map[blob.ID]bool{}
-	err = m.r.store.walk(ctx, "p", func(bm blob.Metadata) error {
-		if n := used[bm.BlobID]; n > 0 && bm.Length >= minSparse && n*100 < bm.Length*sparsePercent {
-			thin[bm.BlobID] = true
-		}
-		return nil
-	})
-	if err != nil || len(thin) == 0 {
-		return nil, err
-	}
-	var ids []content.ID
-	err = cr.IterateContents(ctx, content.IterateOptions{}, func(ci content.Info) error {
-		if thin[ci.PackBlobID] {
-			ids = append(ids, ci.ContentID)
-		}
-		return ctx.Err()
-	})
-	return ids, err
 }
