@@ -117,7 +117,7 @@ func (f *backupFlags) options(p *program) (*backup.Options, error) {
 func (p *program) backup(ctx context.Context, f *backupFlags, names []string) error {
 	o, err := f.options(p)
 	if err != nil {
-		return err
+		return p.allFailed(ctx, names, err)
 	}
 	hv, err := f.from.open(ctx, p)
 	if err != nil {
@@ -142,9 +142,9 @@ func (p *program) backup(ctx context.Context, f *backupFlags, names []string) er
 	for i, name := range names {
 		switch {
 		case context.Cause(ctx) != nil:
-			p.backedUp(ctx, failedBackup(name, context.Cause(ctx)), context.Cause(ctx))
+			p.backedUp(ctx, failedBackup(name), context.Cause(ctx))
 		case missing[i] != nil:
-			p.backedUp(ctx, failedBackup(name, missing[i]), missing[i])
+			p.backedUp(ctx, failedBackup(name), missing[i])
 		default:
 			p.backupOne(ctx, f, hv, repo, vms[i], *o)
 		}
@@ -152,20 +152,17 @@ func (p *program) backup(ctx context.Context, f *backupFlags, names []string) er
 	return nil
 }
 
-func failedBackup(name string, err error) backupDoc {
+func failedBackup(name string) backupDoc {
 	return backupDoc{VM: name, Status: statusFailed, Disks: []backupDisk{}, Degraded: []string{}}
 }
 
 // allFailed reports the same error for each VM.
 func (p *program) allFailed(ctx context.Context, names []string, err error) error {
-	if pr := explain(ctx, err); pr.exit() == exitUsage {
-		return err
-	}
 	if !p.json {
 		return err // once is enough for a person
 	}
 	for _, name := range names {
-		d := failedBackup(name, err)
+		d := failedBackup(name)
 		d.Error = explain(ctx, err)
 		p.ended(d.Error.exit())
 		p.emit(d)

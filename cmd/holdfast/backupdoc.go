@@ -49,7 +49,7 @@ func describeBackup(res *backup.Result) backupDoc {
 		Point: string(res.Point()), Parent: string(res.Parent), Disks: []backupDisk{},
 		Degraded: append([]string{}, res.Degraded...), DurationMS: ms(res.Finished.Sub(res.Started)),
 	}
-	if c := res.Consistency; c.Means != "" || c.Reason != "" || len(res.Disks) > 0 {
+	if c := res.Consistency; c.Means != "" || c.Reason != "" || len(res.Disks) > 0 || res.Status() != backup.Failed {
 		d.Consistency, d.ConsistencyMeans, d.ConsistencyReason, d.FrozenMS = c.Level.String(), c.Means, c.Reason, ms(c.Frozen)
 	}
 	for _, x := range res.Disks {

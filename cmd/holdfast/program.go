@@ -48,6 +48,7 @@ type program struct {
 type connector interface {
 	Hypervisor(ctx context.Context, cfg connect.HypervisorConfig) (hypervisor.Hypervisor, error)
 	Repository(ctx context.Context, cfg connect.RepositoryConfig) (repository.Repository, error)
+	Repair(ctx context.Context, cfg connect.RepositoryConfig, to string) (*connect.RepairReport, error)
 }
 
 // drivers is the connector of the real world.
@@ -59,6 +60,10 @@ func (drivers) Hypervisor(ctx context.Context, cfg connect.HypervisorConfig) (hy
 
 func (drivers) Repository(ctx context.Context, cfg connect.RepositoryConfig) (repository.Repository, error) {
 	return connect.Repository(ctx, cfg)
+}
+
+func (drivers) Repair(ctx context.Context, cfg connect.RepositoryConfig, to string) (*connect.RepairReport, error) {
+	return connect.Repair(ctx, cfg, to)
 }
 
 // system is the program as the operating system started it.
@@ -123,7 +128,7 @@ func (p *program) watchSignals(cancel context.CancelCauseFunc, done <-chan struc
 func (p *program) fail(ctx context.Context, err error) {
 	pr := explain(ctx, err)
 	p.ended(pr.exit())
-	if p.json && pr.exit() != exitUsage {
+	if p.json {
 		p.emit(failure{Status: statusFailed, Error: pr})
 	}
 	p.complain(pr)

@@ -111,16 +111,9 @@ func (p *program) check(ctx context.Context, repo repository.Repository, points 
 	if err != nil {
 		return nil, err
 	}
-	d := &verifyDoc{
-		Status: statusSound, Repository: repo.Info().Location, Level: level, Points: texts(rep.Points),
-		DamagedPoints: texts(rep.Damaged()), Blobs: rep.Blobs, Bytes: rep.Bytes, Damages: []damageDoc{},
-		DurationMS: ms(p.clock.Now().Sub(start)),
-	}
-	for _, x := range rep.Damages {
-		d.Damages = append(d.Damages, damageDoc{Object: x.Object, Problem: x.Problem, Detail: x.Detail, Points: texts(x.Points), Repairable: x.Repairable})
-	}
+	d := describeVerify(rep, repo.Info().Location, level)
+	d.DurationMS = ms(p.clock.Now().Sub(start))
 	if !rep.OK() {
-		d.Status = statusDamaged
 		p.ended(exitFailed)
 	}
 	return d, nil
@@ -165,4 +158,19 @@ func (p *program) showVerify(d *verifyDoc) {
 	if len(d.DamagedPoints) == 0 {
 		p.say("  every restore point that was checked can still be restored")
 	}
+}
+
+// describeVerify is a report as people and programs get it.
+func describeVerify(rep *repository.VerifyReport, location, level string) *verifyDoc {
+	d := &verifyDoc{
+		Status: statusSound, Repository: location, Level: level, Points: texts(rep.Points),
+		DamagedPoints: texts(rep.Damaged()), Blobs: rep.Blobs, Bytes: rep.Bytes, Damages: []damageDoc{},
+	}
+	for _, x := range rep.Damages {
+		d.Damages = append(d.Damages, damageDoc{Object: x.Object, Problem: x.Problem, Detail: x.Detail, Points: texts(x.Points), Repairable: x.Repairable})
+	}
+	if !rep.OK() {
+		d.Status = statusDamaged
+	}
+	return d
 }
