@@ -92,6 +92,15 @@ func TestRulesAddUp(t *testing.T) {
 	}, got)
 }
 
+func TestPeriodsOfOneNameInTwoYears(t *testing.T) {
+	points := at(t, time.UTC, "2025-02-05 10:00", "2026-02-04 10:00") // both in week 6, nothing between
+	require.Len(t, keeps(t, points, retention.Policy{Weekly: 2}, now(t, time.UTC)), 2)
+	require.Len(t, keeps(t, points, retention.Policy{Monthly: 2}, now(t, time.UTC)), 2)
+	points = at(t, time.UTC, "2025-02-04 10:00", "2026-02-04 10:00")
+	require.Len(t, keeps(t, points, retention.Policy{Daily: 2}, now(t, time.UTC)), 2)
+	require.Len(t, keeps(t, points, retention.Policy{Hourly: 2}, now(t, time.UTC)), 2)
+}
+
 func TestUnusablePolicies(t *testing.T) {
 	for _, p := range []retention.Policy{{}, {Last: -1}, {Last: 3, Daily: -1}} {
 		plan, err := retention.Plan(nil, p, now(t, time.UTC))
@@ -218,7 +227,7 @@ func TestPlanAgreesWithAnOracle(t *testing.T) {
 			time.Date(2026, 3, 28, 0, 0, 0, 0, time.UTC), time.Date(2026, 10, 24, 0, 0, 0, 0, time.UTC),
 			time.Date(2026, 12, 28, 0, 0, 0, 0, time.UTC), time.Date(2011, 12, 28, 0, 0, 0, 0, time.UTC), // Apia skipped the 30th
 			time.Date(2020+rng.IntN(10), 1, rng.IntN(365), 0, 0, 0, 0, time.UTC),
-		}[rng.IntN(5)]
+		}[rng.IntN(5)].Add(time.Duration(rng.IntN(72)) * time.Hour)
 		step := steps[rng.IntN(len(steps))]
 		var points []*repository.Point
 		created := start
