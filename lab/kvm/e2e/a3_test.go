@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/lab/kvm/kvmlab"
 )
 
@@ -168,23 +169,22 @@ func (r *rig) scribble(vm *kvmlab.VM, power kvmlab.Power, disks ...string) {
 	}
 }
 
-// nothingLeft wants one declared baseline at most and nothing else of ours.
+// nothingLeft wants one declared baseline per VM and repository at most, and
+// nothing else of ours.
 func (r *rig) nothingLeft(vms ...*kvmlab.VM) {
 	r.t.Helper()
 	left, err := r.lab.Leftovers(vms, r.scratch())
 	require.NoError(r.t, err)
 	ours := map[string]int{}
 	for _, l := range left {
-		if l.Kind == kvmlab.LeftCheckpoint {
-			if len(l.ID) > 8 && l.ID[:9] == "holdfast-" {
-				ours[l.Domain]++
-			}
-			continue
+		if l.Kind != kvmlab.LeftCheckpoint {
+			r.t.Errorf("left over: %s", l)
+		} else if n, err := hypervisor.ParseName(l.ID); err == nil {
+			ours[l.Domain+" "+n.Repo]++
 		}
-		r.t.Errorf("left over: %s", l)
 	}
 	for vm, n := range ours {
-		require.Equal(r.t, 1, n, "checkpoints of ours on %s", vm)
+		require.Equal(r.t, 1, n, "checkpoints of one repository on %s", vm)
 	}
 }
 

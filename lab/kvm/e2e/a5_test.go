@@ -44,7 +44,7 @@ func TestA5FreezeDiscriminates(t *testing.T) {
 		} else {
 			require.Equal(t, "filesystem", l.Consistency)
 			require.Positive(t, l.FrozenMS)
-			require.Less(t, l.FrozenMS, int64(10_000))
+			require.Less(t, l.FrozenMS, 10_000.0)
 		}
 		img := r.imageOf(l.Point)
 		needs, err := kvmlab.NeedsRecovery(img)

@@ -107,11 +107,11 @@ type event struct {
 
 // backupLine is a line of backup --json.
 type backupLine struct {
-	VM          string `json:"vm"`
-	Point       string `json:"point"`
-	Status      string `json:"status"`
-	Consistency string `json:"consistency"`
-	FrozenMS    int64  `json:"frozen_ms"`
+	VM          string  `json:"vm"`
+	Point       string  `json:"point"`
+	Status      string  `json:"status"`
+	Consistency string  `json:"consistency"`
+	FrozenMS    float64 `json:"frozen_ms"`
 	Disks       []struct {
 		ID          string `json:"id"`
 		Mode        string `json:"mode"`
@@ -173,7 +173,9 @@ func (r *rig) start(on func(p *proc, e event), args ...string) *proc {
 				if on != nil {
 					on(p, e)
 				}
-				continue
+				if e.Event != "error" {
+					continue
+				}
 			}
 			text.Write(s.Bytes())
 			text.WriteByte('\n')
