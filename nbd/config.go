@@ -51,7 +51,8 @@ type Config struct {
 
 	// Retries is how many times a read or block status request is tried again, on a new connection if
 	// need be, after its connection was lost or broke the protocol. 0 means never. A new connection must
-	// show the same size, flags, block sizes and contexts, else the error matches ErrExportChanged.
+	// show the same size, flags, block sizes and contexts, else the error matches ErrExportChanged. With
+	// several connections a new one is made when all are lost.
 	// Writes and flushes are never retried.
 	Retries int
 	// Backoff waits before retry number attempt (from 1) and returns early with an error when ctx ends.

@@ -313,11 +313,13 @@ func (c *conn) close() {
 	<-c.done
 }
 
-// goodbye sends the disconnect command and shuts TLS down, unless someone is in the middle of sending.
+// goodbye sends the disconnect command and shuts TLS down, unless someone else's sending is stuck.
 func (c *conn) goodbye() {
+	patience := time.NewTimer(goodbyeTimeout)
+	defer patience.Stop()
 	select {
 	case c.wlock <- struct{}{}:
-	default:
+	case <-patience.C:
 		return
 	}
 	cut := time.AfterFunc(goodbyeTimeout, func() { _ = c.raw.Close() })

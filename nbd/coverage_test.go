@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"context"
 	"math/rand/v2"
 	"testing"
 
@@ -66,4 +67,14 @@ func FuzzCoverage(f *testing.F) {
 	f.Add([]byte{0, 9, 10, 9, 30, 255, 20, 9})
 	f.Add([]byte{5, 0, 3, 0, 4, 0, 0, 2})
 	f.Fuzz(checkCoverage)
+}
+
+func TestBackoff(t *testing.T) {
+	require.NoError(t, backoff(context.Background(), 1), "no wait before the first retry")
+	require.NoError(t, backoff(context.Background(), 2))
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	for _, attempt := range []int{1, 2, 3, 100} {
+		require.ErrorIs(t, backoff(ctx, attempt), context.Canceled)
+	}
 }

@@ -4,10 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -294,24 +297,64 @@ func TestErrorsReachTheCaller(t *testing.T) {
 			{errors.New("secret path"), nbd.EIO},
 			{errors.Join(errors.New("x"), nbd.EPERM), nbd.EPERM},
 			{net.ErrClosed, nbd.EIO},
+			{fmt.Errorf("write: %w", syscall.ENOSPC), nbd.ENOSPC},
+			{&fs.PathError{Op: "open", Path: "secret", Err: fs.ErrPermission}, nbd.EPERM},
+			{fs.ErrInvalid, nbd.EINVAL},
+			{context.Canceled, nbd.ESHUTDOWN},
 		} {
 			fails = row.give
 			p := make([]byte, 4*mib)
 			_, err := c.ReadAt(p, mib)
 			require.ErrorIs(t, err, row.want)
 			require.NotContains(t, err.Error(), "secret")
+			if row.want == nbd.ESHUTDOWN { // which ends the connection
+				break
+			}
 			_, err = c.WriteAt(p, mib)
 			require.ErrorIs(t, err, row.want)
 			_, err = c.ReadAt(p, 4*mib)
 			require.NoError(t, err, "the connection stays in order")
 		}
 		if !plain {
+			c = dial(t, cfg)
 			fails = nbd.EIO
 			_, err := c.ReadAt(make([]byte, 4*mib), mib)
 			var req *nbd.RequestError
 			require.ErrorAs(t, err, &req)
 			require.Equal(t, int64(3*mib), req.At)
 		}
+	}
+}
+
+// TestTCP also lets the server's name for TLS be derived from the address, and goes through a URL.
+func TestTCP(t *testing.T) {
+	p := newPKI(t)
+	m := newRandomMem(t, mib)
+	s, err := nbd.NewServer(nbd.ServerConfig{
+		Exports: nbd.ExportMap{"vda": {Backend: m}},
+		TLS:     p.serverTLS(),
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, s.Close()) })
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	go func() { _ = s.Serve(context.Background(), l) }()
+	for _, secure := range []bool{false, true} {
+		cfg, err := nbd.ParseURL("nbd://" + l.Addr().String() + "/vda")
+		require.NoError(t, err)
+		if secure {
+			cfg.TLS, cfg.RequireTLS = p.clientTLS(), true
+			cfg.TLS.ServerName = ""
+		}
+		c := dial(t, cfg)
+		require.Equal(t, secure, c.Secure())
+		got := make([]byte, mib)
+		_, err = c.ReadAt(got, 0)
+		require.NoError(t, err)
+		requireSame(t, m.bytes(), got, "over TCP")
+		_, err = c.WriteAt([]byte("tcp"), 77)
+		require.NoError(t, err)
+		require.Equal(t, "tcp", string(m.bytes()[77:80]))
 	}
 }
 

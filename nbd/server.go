@@ -152,7 +152,7 @@ func (s *Server) add(nc net.Conn) (*serverConn, error) {
 	if len(s.conns) >= s.cfg.MaxConnections {
 		return nil, fmt.Errorf("nbd: more than %d connections", s.cfg.MaxConnections)
 	}
-	sc := &serverConn{srv: s, raw: nc, nc: nc}
+	sc := &serverConn{srv: s, raw: nc, nc: nc, severed: make(chan struct{})}
 	s.conns[sc] = struct{}{}
 	s.active.Add(1)
 	return sc, nil
@@ -185,7 +185,7 @@ func (s *Server) Drop(match func(export string) bool) int {
 	n := 0
 	for sc := range s.conns {
 		if match == nil || (sc.open && match(sc.name)) {
-			_ = sc.raw.Close()
+			sc.cut()
 			n++
 		}
 	}
@@ -212,7 +212,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 // Close cuts all connections and waits until no backend is in use. Closing again does nothing.
 func (s *Server) Close() error {
-	s.stop(func(sc *serverConn) { _ = sc.raw.Close() })
+	s.stop((*serverConn).cut)
 	s.active.Wait()
 	return nil
 }

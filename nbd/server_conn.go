@@ -21,6 +21,9 @@ type serverConn struct {
 	nc  net.Conn // TLS or raw
 	br  *bufio.Reader
 
+	severed chan struct{} // closed by cut
+	sever   sync.Once
+
 	// name and open are written under Server.mu.
 	name string
 	open bool
@@ -51,12 +54,19 @@ type serverRequest struct {
 func (sc *serverConn) run(ctx context.Context) (err error) {
 	defer func() { sc.srv.remove(sc, err) }()
 	defer func() { _ = sc.raw.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = sc.raw.Close() })
+	stop := context.AfterFunc(ctx, sc.cut)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrClosed)
+	go func() {
+		select {
+		case <-sc.severed:
+			cancel(ErrClosed)
+		case <-ctx.Done():
+		}
+	}()
 
-	timer := time.AfterFunc(sc.srv.cfg.HandshakeTimeout, func() { _ = sc.raw.Close() })
+	timer := time.AfterFunc(sc.srv.cfg.HandshakeTimeout, sc.cut)
 	err = sc.handshake(ctx)
 	timer.Stop()
 	if errors.Is(err, errAborted) {
@@ -79,6 +89,12 @@ func (sc *serverConn) run(ctx context.Context) (err error) {
 	_ = sc.raw.Close()
 	sc.work.Wait()
 	return err
+}
+
+// cut ends the connection at once and then tells the backend so, whose answers have nowhere to go.
+func (sc *serverConn) cut() {
+	_ = sc.raw.Close()
+	sc.sever.Do(func() { close(sc.severed) })
 }
 
 // hangUp closes the connection with TLS's own farewell, which must not take long.
