@@ -41,7 +41,7 @@ var accessors = []string{"Info", "Snapshot.Ref", "Snapshot.VM", "Snapshot.Consis
 
 func TestFaultsKnowEveryInterface(t *testing.T) {
 	notTests := func(f fs.FileInfo) bool { return !strings.HasSuffix(f.Name(), "_test.go") }
-	pkgs, err := parser.ParseDir(token.NewFileSet(), "../hypervisor", notTests, 0) //nolint:staticcheck // files without build tags
+	pkgs, err := parser.ParseDir(token.NewFileSet(), "../hypervisor", notTests, 0)
 	require.NoError(t, err)
 	var found []string
 	for _, f := range pkgs["hypervisor"].Files {
@@ -176,7 +176,7 @@ func snapshotCycle(ctx context.Context, h hypervisor.Hypervisor, id hypervisor.V
 }
 
 func notEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return err

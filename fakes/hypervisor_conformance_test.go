@@ -15,7 +15,9 @@ import (
 
 // manyDisks is one disk of each kind that matters.
 var manyDisks = []fakes.DiskConfig{
-	{Size: 320<<10 + 512}, {Size: mib + 200<<10 - 1536}, {Size: 256 << 10, Untracked: true},
+	{Size: 320<<10 + 512},
+	{Size: mib + 200<<10 - 1536},
+	{Size: 256 << 10, Untracked: true},
 	{ID: "rdmv", Size: 128 << 10, Backing: hypervisor.RDMVirtual},
 	{ID: "net", Size: 128 << 10, Backing: hypervisor.Network},
 	{ID: "rdmp", Size: mib, Backing: hypervisor.RDMPhysical},

@@ -66,7 +66,7 @@ var readChecks = []check{
 		n, err := r.ReadAt(make([]byte, 512), -1)
 		require.Error(e, err)
 		require.Zero(e, n)
-		require.False(e, errors.Is(err, io.EOF))
+		require.NotErrorIs(e, err, io.EOF)
 	}},
 	{"read/any-offset-and-length", func(e *env) {
 		d := e.disks[0]

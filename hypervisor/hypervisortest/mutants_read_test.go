@@ -67,14 +67,14 @@ var readMutants = []mutant{
 	})},
 	{name: "EOF missing past the end", plant: onReads(func(r hypervisor.DiskReader, p []byte, off int64) (int, error) {
 		n, err := r.ReadAt(p, off)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = nil
 		}
 		return n, err
 	})},
 	{name: "zeros past the end", plant: onReads(func(r hypervisor.DiskReader, p []byte, off int64) (int, error) {
 		n, err := r.ReadAt(p, off)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			clear(p[n:])
 			return len(p), nil
 		}

@@ -33,7 +33,9 @@ func (m *mutant) newHarness(T) *Harness {
 		Name: "web1", Guest: fakes.Guest{Agent: true}, NVRAM: []byte("variables"),
 		NICs: []hypervisor.NIC{{}},
 		Disks: []fakes.DiskConfig{
-			{Size: 320<<10 + 512}, {Size: 704<<10 - 1536}, {Size: 64 << 10, Untracked: true},
+			{Size: 320<<10 + 512},
+			{Size: 704<<10 - 1536},
+			{Size: 64 << 10, Untracked: true},
 			{ID: "lun", Size: 1 << 20, Backing: hypervisor.RDMPhysical},
 		},
 	})
@@ -144,17 +146,19 @@ func TestMutants(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	var table strings.Builder
-	tw := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "MUTANT\tKILLED FIRST BY\tCHECKS")
+	lines := []string{"MUTANT\tKILLED FIRST BY\tCHECKS"}
 	for i, m := range all {
 		row := rows[i]
 		if row == "" {
 			row = m.name + "\tSURVIVED\t0"
 			t.Errorf("mutant survived: %s", m.name)
 		}
-		fmt.Fprintln(tw, row)
+		lines = append(lines, row)
 	}
+	var table strings.Builder
+	tw := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
+	_, err := io.WriteString(tw, strings.Join(lines, "\n")+"\n")
+	require.NoError(t, err)
 	require.NoError(t, tw.Flush())
 	t.Logf("%d mutants\n%s", len(all), table.String())
 }

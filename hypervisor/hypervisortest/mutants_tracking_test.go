@@ -39,7 +39,8 @@ var trackingMutants = []mutant{
 		}
 		return clip(l, size-512)
 	}))},
-	{name: "under-reported changes: every third lost", opts: fakes.Options{Granularity: 4096},
+	{
+		name: "under-reported changes: every third lost", opts: fakes.Options{Granularity: 4096},
 		plant: onSnapshots(edit(func(l []hypervisor.Extent, since *hypervisor.Baseline, _ int64) []hypervisor.Extent {
 			var out []hypervisor.Extent
 			for i, e := range l {
@@ -48,19 +49,24 @@ var trackingMutants = []mutant{
 				}
 			}
 			return out
-		}))},
-	{name: "under-reported changes: only the first page of a list", opts: fakes.Options{Granularity: 4096},
+		})),
+	},
+	{
+		name: "under-reported changes: only the first page of a list", opts: fakes.Options{Granularity: 4096},
 		plant: onSnapshots(edit(func(l []hypervisor.Extent, _ *hypervisor.Baseline, _ int64) []hypervisor.Extent {
 			return l[:min(len(l), 4)]
-		}))},
+		})),
+	},
 	{name: "tracker that lies", harness: func(h *Harness, w *fakes.World) {
 		_ = w.SetLying(h.VM, "disk0", 0.2)
 	}},
-	{name: "extents unsorted", opts: fakes.Options{Granularity: 4096},
+	{
+		name: "extents unsorted", opts: fakes.Options{Granularity: 4096},
 		plant: onSnapshots(edit(func(l []hypervisor.Extent, _ *hypervisor.Baseline, _ int64) []hypervisor.Extent {
 			slices.Reverse(l)
 			return l
-		}))},
+		})),
+	},
 	{name: "extents overlap", plant: onSnapshots(edit(func(l []hypervisor.Extent, _ *hypervisor.Baseline, _ int64) []hypervisor.Extent {
 		return append(l, l...)
 	}))},
