@@ -3,6 +3,7 @@ package kopiarepo
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -21,7 +22,8 @@ func (r *Repository) replicate(ctx context.Context) error {
 			continue
 		}
 		g.Go(func() error {
-			if err := r.copyBlob(gctx, e); err != nil {
+			ok, err := r.copyBlob(gctx, e)
+			if err != nil || !ok {
 				return err
 			}
 			r.mu.Lock()
@@ -41,14 +43,18 @@ func (r *Repository) isCopied(e blobEntry) bool {
 
 // copyBlob writes the copies that are missing or differ from what the inventory
 // says, from a source that does not.
-func (r *Repository) copyBlob(ctx context.Context, e blobEntry) error {
+func (r *Repository) copyBlob(ctx context.Context, e blobEntry) (bool, error) {
 	id := blob.ID(e.Name)
 	var good []byte
 	var missing []string
+	var unread error
 	for _, file := range append([]string{blobFile(id)}, copiesOf(id)...) {
 		b, err := r.dir.get(ctx, file, maxSmallBlob)
 		if err != nil && ctx.Err() != nil {
-			return err
+			return false, err
+		}
+		if err != nil && !isAbsent(err) && !errors.Is(err, repository.ErrDamaged) {
+			unread = errors.Join(unread, err)
 		}
 		switch {
 		case err == nil && sumOf(b) == e.Sum:
@@ -57,19 +63,22 @@ func (r *Repository) copyBlob(ctx context.Context, e blobEntry) error {
 			missing = append(missing, file)
 		}
 	}
+	if good == nil && unread != nil {
+		return false, unread
+	}
 	if good == nil {
 		// The blob was replaced or deleted by somebody else, or is lost: that is
 		// for verification to say. A new point does not depend on it unless the
 		// check of what it needs says so.
 		r.cfg.Logger.Warn("no good form of a blob is left to copy", "blob", e.Name)
-		return nil
+		return false, nil
 	}
 	for _, file := range missing {
 		if err := r.dir.putBytes(ctx, file, good); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // stored looks at one blob: whether it is there with the size that the inventory

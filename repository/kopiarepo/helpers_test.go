@@ -3,6 +3,7 @@ package kopiarepo_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -336,4 +337,12 @@ func sortedIndexes(m map[int64][]byte) []int64 {
 	}
 	slices.Sort(out)
 	return out
+}
+
+func joined(errs ...error) error { return errors.Join(errs...) }
+
+func fnv32(b []byte) uint32 {
+	h := fnv.New32a()
+	_, _ = h.Write(b)
+	return h.Sum32()
 }
