@@ -40,10 +40,12 @@ func (p *baselinePlan) invalidate(disk string, reason hypervisor.Reason, err err
 		return
 	}
 	name := l[0].Name
-	p.order[disk] = slices.DeleteFunc(l, func(b hypervisor.Baseline) bool { return b.Name == name })
+	p.order[disk] = nil
 	for _, b := range l {
 		if b.Name == name {
 			p.verdicts[b] = &hypervisor.BaselineError{Reason: reason, Err: err}
+		} else {
+			p.order[disk] = append(p.order[disk], b)
 		}
 	}
 }
@@ -353,7 +355,7 @@ func (d *Driver) deleteCheckpoint(ctx context.Context, uuid, name string) error 
 	switch virCode(err) {
 	case virInternal, virCheckpointBroken:
 		d.cfg.Logger.InfoContext(ctx, "bitmaps of a checkpoint are lost", "vm", m.Name, "checkpoint", name, "error", err)
-		err = d.conn.checkpointDelete(ctx, uuid, name, metadataOnly)
+		err = d.deleteBroken(ctx, m, name)
 	}
 	if virCode(err) == virNoCheckpoint {
 		err = nil
@@ -361,6 +363,29 @@ func (d *Driver) deleteCheckpoint(ctx context.Context, uuid, name string) error 
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
 	return errors.Join(err, stop(cctx))
+}
+
+// deleteBroken deletes a checkpoint some of whose bitmaps are lost: what libvirt
+// knows of it goes first, then it is defined again with the disks that still have
+// their bitmap, and these are removed with it.
+func (d *Driver) deleteBroken(ctx context.Context, m *machine, name string) error {
+	c, err := d.checkpoint(ctx, m.UUID, name)
+	if err != nil {
+		return err
+	}
+	if err := d.conn.checkpointDelete(ctx, m.UUID, name, metadataOnly); err != nil {
+		return err
+	}
+	t := &token{Version: 1, Created: c.Created, Disks: c.tracked(), All: c.Description}
+	if err := d.redefine(ctx, m.VM, name, t); err != nil {
+		d.cfg.Logger.InfoContext(ctx, "no bitmap of the checkpoint is left", "vm", m.Name, "checkpoint", name, "error", err)
+		return nil
+	}
+	err = d.conn.checkpointDelete(ctx, m.UUID, name, 0)
+	if code := virCode(err); code == virInternal || code == virCheckpointBroken {
+		return d.conn.checkpointDelete(ctx, m.UUID, name, metadataOnly)
+	}
+	return err
 }
 
 // roomForBitmaps refuses to change bitmaps while a file system that holds an

@@ -83,11 +83,11 @@ func (c *creation) run(ctx context.Context, uuid string) (*snapshot, error) {
 	if !c.m.active() {
 		achieved.Level, achieved.Reason = offlineLevel(c.m.reason)
 		achieved.Means = "offline"
-		if achieved.Level >= c.opts.Quiesce {
-			achieved.Reason = ""
-		}
 		if achieved.Level < c.opts.MinConsistency {
 			return nil, fmt.Errorf("%w: %s", hypervisor.ErrQuiesce, achieved.Reason)
+		}
+		if achieved.Level >= c.opts.Quiesce {
+			achieved.Reason = ""
 		}
 		c.clean = c.m.reason == shutoffShutdown
 		if c.stop, err = d.startPaused(ctx, c.m, c.name); err != nil {
