@@ -134,24 +134,42 @@ func (d *Driver) leftovers(uuid string) ([]string, error) {
 	return names, nil
 }
 
-// removeFiles removes scratch files and the socket of a run. Only regular files
-// and sockets go, whatever somebody put there.
+// markDisk stands in the name of a run's mark where scratch files have a disk. No
+// target device of libvirt is called so.
+const markDisk = "job"
+
+// mark leaves a file that says that a job was begun. libvirt removes scratch files
+// when the job ends, and QEMU leaves its socket: a process that is killed in
+// between would leave a file that nobody can assign.
+func (d *Driver) mark(owner, uuid string) error {
+	f, err := os.OpenFile(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)), os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("scratch directory: %w", err)
+	}
+	return f.Close()
+}
+
+// removeFiles removes the socket, the scratch files and, last, the mark of a run.
+// Only regular files and sockets go, whatever somebody put there.
 func (d *Driver) removeFiles(owner, uuid string) error {
-	var errs []error
-	entries, err := os.ReadDir(d.cfg.ScratchDir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, err)
-	}
-	for _, e := range entries {
-		if o, id, _, ok := parseScratch(e.Name()); ok && o == owner && id == uuid && e.Type().IsRegular() {
-			errs = append(errs, removeFile(filepath.Join(d.cfg.ScratchDir, e.Name())))
-		}
-	}
 	sock := filepath.Join(d.cfg.SocketDir, socketName(owner, uuid))
 	if fi, err := os.Lstat(sock); err == nil && fi.Mode()&os.ModeSocket != 0 {
-		errs = append(errs, removeFile(sock))
+		if err := removeFile(sock); err != nil {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	entries, err := os.ReadDir(d.cfg.ScratchDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if o, id, disk, ok := parseScratch(e.Name()); ok && o == owner && id == uuid && disk != markDisk && e.Type().IsRegular() {
+			if err := removeFile(filepath.Join(d.cfg.ScratchDir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return removeFile(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)))
 }
 
 func removeFile(path string) error {

@@ -239,6 +239,10 @@ func (c *creation) underFreeze(ctx context.Context, f *frozen, ferr error, reach
 // begin starts the job. Baselines that libvirt finds unusable, and disks that it
 // cannot track after all, cost only themselves.
 func (c *creation) begin(ctx context.Context) error {
+	c.begun = true
+	if err := c.d.mark(c.name, c.m.UUID); err != nil {
+		return err
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -250,7 +254,6 @@ func (c *creation) begin(ctx context.Context) error {
 		// The call is waited for even if the caller gives up: what it did must be
 		// known to be undone.
 		bctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), beginTimeout)
-		c.begun = true
 		err = c.d.conn.backupBegin(bctx, c.m.UUID, job, cp, 0)
 		cancel()
 		if err == nil {
