@@ -1,6 +1,7 @@
 package fakes
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -296,7 +297,7 @@ func (d *memoryDisk) finish(ctx context.Context) error {
 		}
 	}
 	d.mu.Unlock()
-	slices.SortFunc(m.Segments, func(a, b segmentRef) int { return int(a.Index - b.Index) })
+	slices.SortFunc(m.Segments, func(a, b segmentRef) int { return cmp.Compare(a.Index, b.Index) })
 
 	needs := map[string]int64{}
 	root := newRootBuilder(d.w.key, d.spec.Size, d.spec.BlockSize)

@@ -1,6 +1,7 @@
 package fakes
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -193,7 +194,7 @@ func (sc *scan) sort() {
 		if c := strings.Compare(a.place.chain, b.place.chain); c != 0 {
 			return c
 		}
-		return int(a.place.seq - b.place.seq)
+		return cmp.Compare(a.place.seq, b.place.seq)
 	})
 }
 

@@ -1,6 +1,7 @@
 package repositorytest
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -52,7 +53,7 @@ func checkPointsOrder(t T, h *Harness) {
 			}
 			return 1
 		}
-		return int(a.Sequence - b.Sequence)
+		return cmp.Compare(a.Sequence, b.Sequence)
 	}), "by chain, then by sequence")
 	seen := map[string][]repository.PointID{}
 	for _, p := range got {
