@@ -1,3 +1,5 @@
+//go:build unix
+
 package kopiarepo_test
 
 import (
@@ -6,7 +8,9 @@ import (
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -14,7 +18,7 @@ import (
 	"github.com/holdfast-backup/holdfast/repository"
 )
 
-// benchImage is 512 MiB, half of it random, half like text; no MiB repeats.
+// benchImage is 256 MiB, half of it random, half like text; no MiB repeats.
 func benchImage(blockSize int) *image {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	words := make([][]byte, 4096)
@@ -24,7 +28,7 @@ func benchImage(blockSize int) *image {
 			words[i][j] = byte('a' + rnd.IntN(26))
 		}
 	}
-	m := newImage(512*mib, blockSize)
+	m := newImage(256*mib, blockSize)
 	src := rand.NewChaCha8([32]byte{7})
 	for i := range m.count() {
 		b := make([]byte, blockSize)
@@ -44,7 +48,7 @@ func benchImage(blockSize int) *image {
 	return m
 }
 
-// BenchmarkFull stores 512 MiB as a full point, digests included.
+// BenchmarkFull stores 256 MiB as a full point, digests included.
 func BenchmarkFull(b *testing.B) {
 	for _, compressor := range []string{"s2-default", "zstd-fastest"} {
 		for _, blockSize := range []int{256 << 10, mib} {
@@ -52,18 +56,22 @@ func BenchmarkFull(b *testing.B) {
 				m := benchImage(blockSize)
 				b.SetBytes(m.size)
 				var stored int64
+				var cpu time.Duration
 				for b.Loop() {
 					b.StopTimer()
 					cfg := config(b.TempDir())
 					cfg.Compressor = compressor
 					r := create(b, cfg)
 					b.StartTimer()
+					from := cpuTime()
 					_, err := backup(context.Background(), r, map[string]*image{"d": m}, backupOptions{chain: "vm", run: "r", workers: 4})
 					require.NoError(b, err)
 					b.StopTimer()
+					cpu += cpuTime() - from
 					stored = usage(b, cfg.Dir)
 					b.StartTimer()
 				}
+				b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s/op")
 				b.ReportMetric(float64(stored)/(1<<20), "MiB-stored")
 			})
 		}
@@ -142,6 +150,8 @@ func BenchmarkRestore(b *testing.B) {
 			require.NoError(b, err)
 			h := digest.New(rd.DigestKey())
 			b.SetBytes(m.size)
+			from := cpuTime()
+			defer func() { b.ReportMetric((cpuTime()-from).Seconds()/float64(b.N), "cpu-s/op") }()
 			for b.Loop() {
 				require.NoError(b, readAll(ctx, d, h, 4))
 			}
@@ -178,4 +188,58 @@ func readAll(ctx context.Context, d repository.DiskReader, h *digest.Hasher, wor
 	}
 	wg.Wait()
 	return joined(errs...)
+}
+
+// BenchmarkSparse stores 1 GiB in 4,096 places of a disk of 8 TiB; run it alone
+// for its peak memory.
+func BenchmarkSparse(b *testing.B) {
+	ctx := context.Background()
+	const places = 4096
+	for b.Loop() {
+		r := create(b, config(b.TempDir()))
+		w, err := r.Begin(ctx, &repository.PointSpec{Chain: "vm", Run: "r"})
+		require.NoError(b, err)
+		h := digest.New(w.DigestKey())
+		m := newImage(8192*gib, 256<<10)
+		d, err := w.Disk(ctx, repository.DiskSpec{ID: "d", Size: m.size, BlockSize: m.bs})
+		require.NoError(b, err)
+		src := rand.NewChaCha8([32]byte{5})
+		data := make([]byte, m.bs)
+		for k := range int64(places) {
+			_, _ = src.Read(data)
+			i := k * (m.count() / places)
+			require.NoError(b, d.WriteBlock(ctx, repository.Block{Index: i, Data: data, Leaves: h.Leaves(nil, data)}))
+			require.NoError(b, d.Advance(ctx, i))
+		}
+		require.NoError(b, d.Close(ctx))
+		proof, err := w.Commit(ctx, &repository.CommitInfo{})
+		require.NoError(b, err)
+		n := int64(0)
+		rd, err := r.Open(ctx, proof.Point().ID)
+		require.NoError(b, err)
+		dr, err := rd.Disk(ctx, "d")
+		require.NoError(b, err)
+		for e, err := range dr.Extents(ctx) {
+			require.NoError(b, err)
+			n += e.Length
+		}
+		require.Equal(b, int64(places)*int64(m.bs), n)
+	}
+	b.ReportMetric(peakMemory(b), "MiB-peak")
+}
+
+// peakMemory is the peak of this process's resident memory in MiB.
+func peakMemory(b *testing.B) float64 {
+	var u syscall.Rusage
+	require.NoError(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+	return float64(u.Maxrss) / 1024
+}
+
+// cpuTime is the CPU time of this process.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

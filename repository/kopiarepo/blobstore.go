@@ -2,6 +2,7 @@ package kopiarepo
 
 import (
 	"context"
+	"crypto/cipher"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 // is damaged or missing, and lets nothing be deleted but by maintenance.
 type blobStore struct {
 	blob.DefaultProviderImplementation
+	guards
 
 	dir     *dirStore
 	inv     *inventory
@@ -31,6 +33,7 @@ type blobStore struct {
 	reserve int64
 
 	mu       sync.Mutex
+	schedule cipher.AEAD         // opens kopia's schedule of maintenance; nil: not known yet
 	source   map[blob.ID]string  // critical blobs that were checked: the file that is good
 	deferred map[blob.ID]bool    // not nil: in maintenance; deletions wait here
 	put      map[blob.ID]putInfo // blobs put through this store
@@ -181,7 +184,7 @@ func (s *blobStore) locate(ctx context.Context, id blob.ID) (string, error) {
 		if err != nil && ctx.Err() != nil {
 			return "", err
 		}
-		if err == nil && sumOf(b) == want.Sum {
+		if err == nil && (sumOf(b) == want.Sum || s.authenticSchedule(id, b)) {
 			s.mu.Lock()
 			s.source[id] = file
 			s.mu.Unlock()
@@ -190,6 +193,22 @@ func (s *blobStore) locate(ctx context.Context, id blob.ID) (string, error) {
 	}
 	// No good copy. The engine's own checks decide what can still be read.
 	return blobFile(id), nil
+}
+
+const scheduleBlob = "kopia.maintenance"
+
+// authenticSchedule reports whether b is a schedule of maintenance that kopia
+// wrote. It changes with every step of maintenance, ahead of the inventory, so it
+// is right if it is authentic.
+func (s *blobStore) authenticSchedule(id blob.ID, b []byte) bool {
+	s.mu.Lock()
+	gcm := s.schedule
+	s.mu.Unlock()
+	if id != scheduleBlob || gcm == nil || len(b) < gcm.NonceSize() {
+		return false
+	}
+	_, err := gcm.Open(nil, b[:gcm.NonceSize()], b[gcm.NonceSize():], []byte("maintenance"))
+	return err == nil
 }
 
 // forgetSource makes critical blobs be checked again.
@@ -257,6 +276,7 @@ func (s *blobStore) ListBlobs(ctx context.Context, prefix blob.ID, cb func(blob.
 		}
 		return cb(bm)
 	})
+	s.listed(ctx, err)
 	if err != nil || prefix != "" && !critical(string(prefix)) && !strings.HasPrefix("kopia.", string(prefix)) {
 		return err
 	}
@@ -335,10 +355,15 @@ func (s *blobStore) DeleteBlob(ctx context.Context, id blob.ID) error {
 		return nil
 	}
 	s.mu.Unlock()
-	if inventoried(string(id)) {
+	if !inventoried(string(id)) {
+		return s.dir.remove(ctx, blobFile(id))
+	}
+	if _, ours := s.wasPut(id); !ours || s.inv.isSettled(string(id)) {
 		return fmt.Errorf("%s: %w", id, errDelete)
 	}
-	return s.dir.remove(ctx, blobFile(id))
+	// An index that kopia could not finish: nobody knows of it yet.
+	s.inv.deleted([]string{string(id)})
+	return s.erase(ctx, id)
 }
 
 // erase deletes a blob for good.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/kopia/kopia/fs"
+	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 )
@@ -50,21 +51,13 @@ func (w *writer) manifestOf(root *snapshot.DirEntry, kind string) *snapshot.Mani
 func (w *writer) pinParent(ctx context.Context) error {
 	w.cpMu.Lock()
 	defer w.cpMu.Unlock()
-	if w.pin != "" {
-		return nil
-	}
-	id, err := object.ParseID(w.parent.e.body.Root)
-	if err != nil {
-		return err
-	}
 	s, err := w.r.newSession(ctx, "pin")
 	if err != nil {
 		return err
 	}
-	m := w.manifestOf(&snapshot.DirEntry{Name: "/", Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ObjectID: id}, kindCheckpoint)
-	pin, err := snapshot.SaveSnapshot(ctx, s.w, m)
+	pin, err := w.savePin(ctx, s)
 	if err == nil {
-		err = s.w.Flush(ctx)
+		err = s.flush(ctx)
 	}
 	if cerr := s.close(ctx); err == nil {
 		err = cerr
@@ -74,6 +67,16 @@ func (w *writer) pinParent(ctx context.Context) error {
 	}
 	w.pin = pin
 	return w.r.dir.sync(ctx)
+}
+
+// savePin saves a snapshot of the parent's tree as of now.
+func (w *writer) savePin(ctx context.Context, s *session) (manifest.ID, error) {
+	id, err := object.ParseID(w.parent.e.body.Root)
+	if err != nil {
+		return "", err
+	}
+	root := &snapshot.DirEntry{Name: "/", Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ObjectID: id}
+	return snapshot.SaveSnapshot(ctx, s.w, w.manifestOf(root, kindCheckpoint))
 }
 
 // maybeCheckpoint saves a checkpoint if one is due and nobody else is at it.
@@ -123,7 +126,16 @@ func (w *writer) saveCheckpoint(ctx context.Context) error {
 		}
 	}
 	w.checkpoint = id
-	if err := w.sess.w.Flush(ctx); err != nil {
+	if old := w.pin; old != "" { // renewed too: what is old belongs to nobody
+		if w.pin, err = w.savePin(ctx, w.sess); err != nil {
+			w.pin = old
+			return err
+		}
+		if err := w.sess.w.DeleteManifest(ctx, old); err != nil {
+			return err
+		}
+	}
+	if err := w.sess.flush(ctx); err != nil {
 		return err
 	}
 	return w.r.protect(ctx)

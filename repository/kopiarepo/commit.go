@@ -60,18 +60,14 @@ func (w *writer) Commit(ctx context.Context, info *repository.CommitInfo) (_ *re
 	if err := w.r.dir.sync(ctx); err != nil {
 		return nil, err
 	}
-	packs, err := w.packs(ctx, root)
-	if err != nil {
-		return nil, err
-	}
-	count, bytes, err := w.r.checkStored(ctx, packs)
+	packs, count, bytes, err := w.inspect(ctx, root)
 	if err != nil {
 		return nil, err
 	}
 	if err := w.r.protect(ctx); err != nil {
 		return nil, err
 	}
-	packsSum, err := w.r.writePacks(ctx, w.id, packs)
+	packsSum, err := w.r.writePacks(ctx, w.spec.Chain, w.id, packs)
 	if err != nil {
 		return nil, err
 	}
@@ -141,11 +137,42 @@ func (w *writer) saveSnapshot(ctx context.Context, root *snapshot.DirEntry) (man
 			return saved, fmt.Errorf("drop checkpoint: %w", err)
 		}
 	}
-	if err := w.sess.w.Flush(ctx); err != nil {
+	if err := w.sess.flush(ctx); err != nil {
 		return saved, fmt.Errorf("flush: %w", err)
 	}
 	w.checkpoint, w.pin = "", ""
 	return saved, nil
+}
+
+// inspect returns the packs that the point needs, and how many blobs of how many
+// bytes were found stored. If something is missing, it may have been moved by
+// maintenance of another process: then all of it is found out anew, once.
+func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) ([]blob.ID, int, int64, error) {
+	if err := w.r.inv.load(ctx); err != nil {
+		return nil, 0, 0, err
+	}
+	packs, err := w.packs(ctx, root)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	count, bytes, err := w.r.checkStored(ctx, packs)
+	if err == nil || !errors.Is(err, repository.ErrDamaged) {
+		return packs, count, bytes, err
+	}
+	first := err
+	if err := w.r.inv.load(ctx); err != nil {
+		return nil, 0, 0, err
+	}
+	if err := w.sess.dr.Refresh(ctx); err != nil {
+		return nil, 0, 0, errors.Join(first, err)
+	}
+	exact, err := w.r.newWalker(w.sess.dr).packs(ctx, root.ObjectID)
+	if err != nil {
+		return nil, 0, 0, errors.Join(first, err)
+	}
+	packs = sortedPacks(exact)
+	count, bytes, err = w.r.checkStored(ctx, packs)
+	return packs, count, bytes, err
 }
 
 // packs returns every pack that the point needs. Blobs that nobody vouches for
@@ -193,7 +220,8 @@ func (w *writer) packs(ctx context.Context, root *snapshot.DirEntry) ([]blob.ID,
 func (r *Repository) checkStored(ctx context.Context, packs []blob.ID) (count int, bytes int64, err error) {
 	ids := slices.Clone(packs)
 	for _, e := range r.inv.all() {
-		if strings.HasPrefix(e.Name, "x") || strings.HasPrefix(e.Name, "kopia.") {
+		// The schedule changes all the time, and no point needs it.
+		if isEngineBlob(blob.ID(e.Name)) && e.Name != scheduleBlob {
 			ids = append(ids, blob.ID(e.Name))
 		}
 	}

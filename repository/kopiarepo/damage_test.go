@@ -2,7 +2,9 @@ package kopiarepo_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -91,7 +93,7 @@ func (s *shelf) check(t *testing.T, dir, what string) {
 	require.False(t, rep.OK(), "%s: not found", what)
 	named := rep.Damaged()
 	for i, id := range s.points {
-		err := compare(ctx, r, id, s.truth[i])
+		err := errors.Join(compare(ctx, r, id, s.truth[i]), s.compareFile(ctx, r, i))
 		if slices.Contains(named, id) {
 			require.ErrorIs(t, err, repository.ErrDamaged, "%s: point %d is named, but comes back", what, i)
 		} else {
@@ -102,6 +104,23 @@ func (s *shelf) check(t *testing.T, dir, what string) {
 		require.NoError(t, err, what)
 		require.Equal(t, "thaw", string(n.Value), what)
 	}
+}
+
+// compareFile compares the file of a point with the truth.
+func (s *shelf) compareFile(ctx context.Context, r repository.Repository, i int) error {
+	rd, err := r.Open(ctx, s.points[i])
+	if err != nil {
+		return err
+	}
+	f, err := rd.File(ctx, "config")
+	if err != nil {
+		return err
+	}
+	b, err := io.ReadAll(f)
+	if want := fmt.Sprintf("config %d %d", i/3, i%3); err == nil && string(b) != want {
+		err = fmt.Errorf("the file holds %q, not %q", b, want)
+	}
+	return err
 }
 
 // TestDamageIsFoundAndNamed flips, empties, truncates, removes and swaps stored

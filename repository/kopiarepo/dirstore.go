@@ -190,7 +190,7 @@ func (d *dirStore) get(ctx context.Context, name string, limit int64) ([]byte, e
 		if err != nil {
 			return err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		info, err := f.Stat()
 		if err != nil {
 			return err
@@ -212,7 +212,7 @@ func (d *dirStore) readRange(ctx context.Context, name string, offset, length in
 		if err != nil {
 			return err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		buf := readBuffers.Get().(*[]byte)
 		defer readBuffers.Put(buf)
 		section := io.Reader(f)

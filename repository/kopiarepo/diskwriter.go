@@ -2,7 +2,6 @@ package kopiarepo
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -292,9 +291,6 @@ func (w *writer) putIndex(ctx context.Context, blocks []object.ID, length int64,
 		out = append(out, `"}`...)
 	}
 	out = append(out, "]}\n"...)
-	if !json.Valid(out) {
-		return object.EmptyID, errors.New("segment index is malformed") // cannot happen
-	}
 	stored, err := w.sess.put(ctx, out, indexPrefix, DefaultCompressor)
 	if err != nil {
 		return object.EmptyID, err

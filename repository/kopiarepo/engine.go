@@ -99,7 +99,8 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := repo.Open(ctx, file, string(e.cfg.Password), &repo.Options{
+	gctx, done := e.store.guard(ctx)
+	r, err := repo.Open(gctx, file, string(e.cfg.Password), &repo.Options{
 		TimeNowFunc:          increasing(e.cfg.Clock),
 		DisableRepositoryLog: true,
 		DoNotWaitForUpgrade:  true,
@@ -107,6 +108,7 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 			e.cfg.Logger.Error("the storage engine reports a fatal error", "error", err)
 		},
 	})
+	err = done(err)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil, ctx.Err()
@@ -120,6 +122,17 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	if !ok {
 		return nil, errors.New("the storage engine gives no direct access")
 	}
+	key, err := dr.DeriveKey("maintenance schedule", 32)
+	if err != nil {
+		return nil, errors.Join(err, dr.Close(ctx))
+	}
+	gcm, err := newGCM(key)
+	if err != nil {
+		return nil, errors.Join(err, dr.Close(ctx))
+	}
+	e.store.mu.Lock()
+	e.store.schedule = gcm
+	e.store.mu.Unlock()
 	e.dr = dr
 	return dr, nil
 }

@@ -139,7 +139,7 @@ func (m *maintainer) rewriteThin(ctx context.Context, w repo.DirectRepositoryWri
 
 // thin returns the contents that are to be written anew.
 func (m *maintainer) thin(ctx context.Context) ([]content.ID, error) {
-	type usage struct{ live, entries, length int64 }
+	type usage struct{ live, entries int64 }
 	packs := map[blob.ID]*usage{}
 	cr := m.dr.ContentReader()
 	err := cr.IterateContents(ctx, content.IterateOptions{}, func(ci content.Info) error {

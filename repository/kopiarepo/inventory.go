@@ -273,6 +273,14 @@ func (v *inventory) all() []blobEntry {
 	return out
 }
 
+// isSettled reports whether the log holds the blob.
+func (v *inventory) isSettled(name string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	_, ok := v.live[name]
+	return ok
+}
+
 // settled returns what the log holds, without what is still to be written to it.
 func (v *inventory) settled() map[string]blobEntry {
 	v.mu.Lock()

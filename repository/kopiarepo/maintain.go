@@ -128,7 +128,8 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 	r := m.r
 	r.store.beginDeletes()
 	defer r.store.endDeletes()
-	err := repo.DirectWriteSession(ctx, m.dr, repo.WriteSessionOptions{Purpose: "maintain"},
+	gctx, done := r.store.guard(ctx)
+	err := repo.DirectWriteSession(gctx, m.dr, repo.WriteSessionOptions{Purpose: "maintain"},
 		func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 			before, err := maintenance.GetSchedule(ctx, w)
 			if err != nil {
@@ -153,6 +154,7 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 			m.report.Ran = m.full || fullRan || !after.NextQuickMaintenanceTime.Equal(before.NextQuickMaintenanceTime)
 			return runErr
 		})
+	err = done(err)
 	ids := r.store.collected()
 	if len(ids) > 0 {
 		// What replaces the old must be safe before the old goes.

@@ -43,13 +43,21 @@ func damaged(ctx context.Context, err error, what string) error {
 // getContent reads one content. If it is not where the index says, the index is
 // read anew: maintenance may have moved it.
 func getContent(ctx context.Context, dr repo.DirectRepository, id content.ID) ([]byte, error) {
+	s, ok := storeOf(dr)
+	if !ok {
+		return nil, errClosed
+	}
+	gctx, done := s.guard(ctx)
+	b, err := getGuarded(gctx, dr, s, id)
+	return b, done(err)
+}
+
+func getGuarded(ctx context.Context, dr repo.DirectRepository, s *blobStore, id content.ID) ([]byte, error) {
 	b, err := dr.ContentReader().GetContent(ctx, id)
 	if err == nil || ctx.Err() != nil || !id.HasPrefix() && !errors.Is(err, content.ErrContentNotFound) && !errors.Is(err, blob.ErrBlobNotFound) {
 		return b, err
 	}
-	if s, ok := storeOf(dr); ok {
-		s.forgetSource() // a blob that was good may have gone bad: then its copy serves
-	}
+	s.forgetSource() // a blob that was good may have gone bad: then its copy serves
 	if rerr := dr.Refresh(ctx); rerr != nil {
 		return nil, err
 	}
@@ -81,7 +89,7 @@ func getObject(ctx context.Context, dr repo.DirectRepository, id object.ID, limi
 	if err != nil {
 		return nil, err
 	}
-	defer o.Close()
+	defer func() { _ = o.Close() }()
 	if o.Length() > limit {
 		return nil, fmt.Errorf("%w: object %s has %d bytes", repository.ErrDamaged, id, o.Length())
 	}

@@ -18,17 +18,28 @@ import (
 // maintenance, which moves data between packs, can renew it.
 
 type packsHeader struct {
-	Count int `json:"count"`
+	Chain string `json:"chain"`
+	Count int    `json:"count"`
 }
 
 func sortedPacks(set map[blob.ID]bool) []blob.ID { return slices.Sorted(maps.Keys(set)) }
 
-func (r *Repository) writePacks(ctx context.Context, id repository.PointID, packs []blob.ID) (sum, error) {
+func (r *Repository) writePacks(ctx context.Context, chain string, id repository.PointID, packs []blob.ID) (sum, error) {
 	b, err := json.Marshal(packs)
 	if err != nil {
 		return sum{}, err
 	}
-	return r.own.put(ctx, typePacks, packsDir+"/"+string(id), packsHeader{len(packs)}, deflate(b))
+	return r.own.put(ctx, typePacks, packsDir+"/"+string(id), packsHeader{chain, len(packs)}, deflate(b))
+}
+
+// chainOf returns the chain of a point by its list of packs; empty if unknown.
+func (r *Repository) chainOf(ctx context.Context, id repository.PointID) string {
+	c, err := r.own.get(ctx, typePacks, packsDir+"/"+string(id), nil)
+	var h packsHeader
+	if err != nil || json.Unmarshal(c.header, &h) != nil || !validChain(h.Chain) {
+		return ""
+	}
+	return h.Chain
 }
 
 // readPacks returns the list of a point; nil if it is lost.

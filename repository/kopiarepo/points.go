@@ -62,6 +62,9 @@ func (r *Repository) find(ctx context.Context, id repository.PointID) (*chain, e
 	if err != nil {
 		return nil, err
 	}
+	if likely := r.chainOf(ctx, id); likely != "" {
+		names = append([]string{likely}, names...)
+	}
 	for _, name := range names {
 		c, err := r.loadChain(ctx, name)
 		if err != nil {

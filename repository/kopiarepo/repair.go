@@ -36,7 +36,7 @@ func Repair(ctx context.Context, cfg Config, dest string) (*RepairReport, error)
 	if err != nil {
 		return nil, fmt.Errorf("repair: %w", err)
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	to, err := localDir(dest)
 	if err != nil {
 		return nil, fmt.Errorf("repair: %w", err)
@@ -57,7 +57,7 @@ func Repair(ctx context.Context, cfg Config, dest string) (*RepairReport, error)
 	if err != nil {
 		return p.report, fmt.Errorf("open the repaired repository: %w", err)
 	}
-	defer n.Close()
+	defer func() { _ = n.Close() }()
 	p.report.Verify, err = n.Verify(ctx, &repository.VerifyOptions{Level: repository.VerifyBlobs})
 	return p.report, err
 }

@@ -346,7 +346,7 @@ func claim(dir string) (func(done bool) error, error) {
 		}
 	}
 	return func(done bool) error {
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		if !done {
 			return nil // the next attempt clears it away
 		}

@@ -56,6 +56,12 @@ func (r *Repository) newSession(ctx context.Context, purpose string) (*session, 
 	}, nil
 }
 
+// flush stores everything that is pending.
+func (s *session) flush(ctx context.Context) error {
+	gctx, done := s.r.store.guard(ctx)
+	return done(s.w.Flush(gctx))
+}
+
 func (s *session) close(ctx context.Context) error { return s.w.Close(ctx) }
 
 // written says what became of one object.
@@ -69,6 +75,12 @@ const maxRewrites = 4
 
 // put stores an object. Prefix "" is data; a letter is metadata.
 func (s *session) put(ctx context.Context, data []byte, prefix content.IDPrefix, compressor string) (written, error) {
+	gctx, done := s.r.store.guard(ctx)
+	out, err := s.putGuarded(gctx, data, prefix, compressor)
+	return out, done(err)
+}
+
+func (s *session) putGuarded(ctx context.Context, data []byte, prefix content.IDPrefix, compressor string) (written, error) {
 	for range maxRewrites {
 		id, err := s.write(ctx, data, prefix, compressor)
 		if err != nil {
@@ -106,7 +118,7 @@ func (s *session) write(ctx context.Context, data []byte, prefix content.IDPrefi
 	ow := s.w.NewObjectWriter(ctx, object.WriterOptions{
 		Prefix: prefix, Compressor: compression.Name(compressor), MetadataCompressor: DefaultCompressor, Splitter: "FIXED-8M",
 	})
-	defer ow.Close()
+	defer func() { _ = ow.Close() }()
 	if _, err := ow.Write(data); err != nil {
 		return object.EmptyID, err
 	}

@@ -206,7 +206,7 @@ func (m *maintainer) renewPacks(ctx context.Context) (map[blob.ID]bool, error) {
 				return nil, err
 			}
 			if old == nil || !slices.Equal(old, exact) {
-				if _, err := r.writePacks(ctx, e.ID, exact); err != nil {
+				if _, err := r.writePacks(ctx, c.name, e.ID, exact); err != nil {
 					return nil, err
 				}
 			}

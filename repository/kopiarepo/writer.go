@@ -327,7 +327,7 @@ func (r *Repository) dropSnapshots(ctx context.Context, ids []manifest.ID) error
 			err = errors.Join(err, derr)
 		}
 	}
-	return errors.Join(err, s.w.Flush(ctx), s.close(ctx))
+	return errors.Join(err, s.flush(ctx), s.close(ctx))
 }
 
 // source is where kopia lists the points of a chain.
