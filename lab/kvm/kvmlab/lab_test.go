@@ -259,6 +259,15 @@ func TestCensusFindsWhatABackupLeaves(t *testing.T) {
 	require.Contains(t, found, kvmlab.Leftover{Kind: kvmlab.LeftSocket, ID: sock})
 	require.Contains(t, found, kvmlab.Leftover{Kind: kvmlab.LeftFile, ID: scratch})
 
+	foreign, err := kvmlab.Connect(t).Leftovers(nil)
+	require.NoError(t, err)
+	require.Empty(t, foreign, "what one lab does, another's census does not count")
+	require.NoError(t, os.Rename(sock, sock+".moved"))
+	found, err = lab.Leftovers([]*kvmlab.VM{vm}, dir)
+	require.NoError(t, err)
+	require.Contains(t, found, kvmlab.Leftover{Kind: kvmlab.LeftSocket, ID: sock}, "listening, without its file")
+	require.NoError(t, os.Rename(sock+".moved", sock))
+
 	_, err = lab.Virsh("domjobabort", vm.Name)
 	require.NoError(t, err)
 	vm.WaitJob(false, 20*time.Second)

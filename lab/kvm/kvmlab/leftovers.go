@@ -48,8 +48,9 @@ func (l Leftover) String() string {
 
 // Leftovers counts what is there beyond what the lab made: of every machine in vms
 // its checkpoints, bitmaps without checkpoint, active job and frozen state; domains
-// with the lab's prefix that are not in vms; and every file and socket below dirs,
-// as well as listening sockets whose path holds the lab's prefix or "holdfast".
+// with the lab's prefix that are not in vms; every file and socket below dirs; and
+// sockets that somebody still listens on, below dirs or the lab's directory, even if
+// their file is gone.
 // The caller takes away what it declares: baselines, foreign checkpoints.
 func (l *Lab) Leftovers(vms []*VM, dirs ...string) ([]Leftover, error) {
 	var all []Leftover
@@ -186,11 +187,8 @@ func (l *Lab) sockets(dirs []string) ([]Leftover, error) {
 			continue
 		}
 		path := f[7]
-		mine := strings.Contains(path, "holdfast") && !strings.HasSuffix(path, controlPort)
-		for _, d := range dirs {
-			mine = mine || strings.HasPrefix(path, filepath.Clean(d)+"/")
-		}
-		if !mine {
+		// Not by the product's name: another test's backup may run beside this one.
+		if !below(path, dirs) && !below(path, []string{l.Dir}) {
 			continue
 		}
 		if _, err := os.Lstat(path); err == nil && below(path, dirs) {
