@@ -62,7 +62,7 @@ func releaseWhere(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.V
 		}
 		var keep []hypervisor.DiskID
 		if o.keep {
-			keep = tracked(snap)
+			keep = allDisks(snap)
 		}
 		if err := snap.Release(ctx, keep); err != nil {
 			return fmt.Errorf("snapshot %s: %w", o.ref.Name, err)
@@ -71,13 +71,13 @@ func releaseWhere(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.V
 	return nil
 }
 
-// tracked lists the disks of a snapshot that have a baseline.
-func tracked(snap hypervisor.Snapshot) []hypervisor.DiskID {
+// allDisks lists the disks of a snapshot. A snapshot that was opened again need not
+// know its baselines any more, so all are kept, and reconcile forgets what no
+// point stands on.
+func allDisks(snap hypervisor.Snapshot) []hypervisor.DiskID {
 	var out []hypervisor.DiskID
 	for _, d := range snap.VM().Disks {
-		if _, err := snap.Baseline(d.ID); err == nil {
-			out = append(out, d.ID)
-		}
+		out = append(out, d.ID)
 	}
 	return out
 }

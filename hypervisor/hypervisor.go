@@ -84,8 +84,8 @@ type Snapshot interface {
 	Baseline(disk DiskID) (Baseline, error)
 
 	// Release removes the snapshot and keeps the new baselines of the named
-	// disks; nil keeps none. It is idempotent. Readers of the snapshot fail
-	// afterwards.
+	// disks; nil keeps none, and naming a disk that has none is no error. It is
+	// idempotent. Readers of the snapshot fail afterwards.
 	Release(ctx context.Context, keep []DiskID) error
 }
 

@@ -79,7 +79,15 @@ func (d *Driver) dismantle(ctx context.Context, uuid, name string, keep []hyperv
 	if errors.Is(ferr, hypervisor.ErrNotFound) && ctx.Err() == nil {
 		ferr = nil // no disk is tracked, or it is deleted already
 	}
-	return errors.Join(err, ferr)
+	if err = errors.Join(err, ferr); err != nil {
+		return err
+	}
+	// A process that was killed may have left its call to begin the job with
+	// libvirt, which had not come to it when this began to look.
+	if j, err := d.job(ctx, uuid); err == nil && j != nil && j.owner(uuid) == name {
+		return d.dismantle(ctx, uuid, name, keep)
+	}
+	return nil
 }
 
 // endJob aborts the backup job of a run and waits until it is gone. Aborting is

@@ -67,6 +67,7 @@ func TestA4Kill(t *testing.T) {
 		}
 		hit[at]++
 		round++
+		t.Logf("kill %d in stage %s", round, at)
 		r.recovered(vm)
 		for _, p := range r.points() {
 			if truths[p] == nil {
@@ -108,7 +109,8 @@ func (r *rig) killedIn() (backup.Stage, bool) {
 // recovered runs recover, which must close everything.
 func (r *rig) recovered(vm *kvmlab.VM) {
 	r.t.Helper()
-	r.must("recover", "--repo", r.repo)
+	o := r.must("recover", "--repo", r.repo)
+	r.t.Logf("recover: %s", o.stdout)
 	require.False(r.t, vm.JobActive())
 	r.nothingLeft(vm)
 	left, err := filepath.Glob(filepath.Join(backup.JournalDir(r.state), "*.journal"))
