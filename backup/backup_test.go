@@ -55,6 +55,17 @@ func seed(t *testing.T) uint64 {
 	return s.(uint64)
 }
 
+// stateDir is a directory in memory where there is one: journals sync every
+// record, and these tests write thousands.
+func stateDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "holdfast-test")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	return dir
+}
+
 const (
 	sizeA = 9<<20 + 3*512
 	sizeB = 5<<20 - 512
@@ -65,7 +76,7 @@ func newRig(t *testing.T, o fakes.Options, vm fakes.VMConfig) *rig {
 	o.Seed = s
 	r := &rig{
 		t: t, rnd: rand.New(rand.NewPCG(s, 1)), world: fakes.NewWorld(o), store: fakes.NewStore(),
-		state: t.TempDir(), truth: map[repository.PointID]map[hypervisor.DiskID]invariant.Truth{},
+		state: stateDir(t), truth: map[repository.PointID]map[hypervisor.DiskID]invariant.Truth{},
 	}
 	r.hv = r.world.Connect()
 	if vm.Name == "" {

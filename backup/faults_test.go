@@ -94,6 +94,7 @@ func TestEveryHypervisorCallFailsOnce(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			for k := 1; k <= total; k++ {
 				var op fakes.Op
 				inject := mode(k)
@@ -142,6 +143,7 @@ func TestEveryStorageOperationFailsOnce(t *testing.T) {
 		"killed": {Kill: true}, "killed after": {Kill: true, After: true},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			for k := int64(1); k <= total; k++ {
 				var op fakes.StoreOp
 				var seen atomic.Int64
