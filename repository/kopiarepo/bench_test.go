@@ -190,7 +190,7 @@ func readAll(ctx context.Context, d repository.DiskReader, h *digest.Hasher, wor
 	return joined(errs...)
 }
 
-// BenchmarkSparse stores 1 GiB in 4,096 places of a disk of 8 TiB; run it alone
+// BenchmarkSparse stores 4 GiB in 4,096 places of a disk of 8 TiB; run it alone
 // for its peak memory.
 func BenchmarkSparse(b *testing.B) {
 	ctx := context.Background()
@@ -200,7 +200,7 @@ func BenchmarkSparse(b *testing.B) {
 		w, err := r.Begin(ctx, &repository.PointSpec{Chain: "vm", Run: "r"})
 		require.NoError(b, err)
 		h := digest.New(w.DigestKey())
-		m := newImage(8192*gib, 256<<10)
+		m := newImage(8192*gib, mib)
 		d, err := w.Disk(ctx, repository.DiskSpec{ID: "d", Size: m.size, BlockSize: m.bs})
 		require.NoError(b, err)
 		src := rand.NewChaCha8([32]byte{5})

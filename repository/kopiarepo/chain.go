@@ -109,6 +109,9 @@ func (r *Repository) loadChain(ctx context.Context, name string) (*chain, error)
 	}
 	for n, ref := range want {
 		c.advance(n, &ref)
+		if !c.stored.primary[n] && len(c.stored.mirror[n]) == 0 && ref.Kind == kindDeleted {
+			c.issue(n, "missing", "the record of a deletion is lost")
+		}
 		if c.stored.primary[n] || len(c.stored.mirror[n]) > 0 || buried[n] || ref.Kind != kindPoint || !isLive(n) {
 			continue
 		}
@@ -122,6 +125,10 @@ func (c *chain) advance(n int64, ref *recordRef) {
 	if ref != nil && (c.head == nil || ref.Log > c.head.Log) {
 		c.head = ref
 	}
+}
+
+func (c *chain) issue(n int64, problem, detail string) {
+	c.issues = append(c.issues, repository.Damage{Object: primary + recordDir(c.name) + "/" + number(n), Problem: problem, Detail: detail})
 }
 
 func (c *chain) lose(ref recordRef, state repository.State, detail string) {
@@ -182,7 +189,9 @@ func (r *Repository) loadEntry(ctx context.Context, c *chain, n int64, want map[
 	if good == nil {
 		c.advance(n, nil)
 		switch {
-		case buried[n] || n <= settled && !isLive(n) || ref.Kind == kindDeleted:
+		case ref.Kind == kindDeleted:
+			c.issue(n, "record", "the record of a deletion is lost")
+		case buried[n] || n <= settled && !isLive(n):
 		case expected && reason == nil:
 			c.lose(ref, repository.Vanished, "its record is missing, though later ones prove that it was committed")
 		default:
@@ -191,7 +200,7 @@ func (r *Repository) loadEntry(ctx context.Context, c *chain, n int64, want map[
 		}
 		return nil
 	}
-	if expected && !buried[n] && isLive(n) {
+	if expected && !buried[n] && (good.Kind == kindDeleted || isLive(n)) {
 		// Redundancy: an entry that something vouches for should be there twice.
 		if !c.stored.primary[n] {
 			c.issues = append(c.issues, repository.Damage{Object: object, Problem: "missing", Detail: "only its copy is left", Repairable: true})
@@ -223,6 +232,8 @@ func (r *Repository) loadEntry(ctx context.Context, c *chain, n int64, want map[
 			want[t.Log] = t
 		}
 	case buried[n]:
+	case n <= settled && !isLive(n):
+		c.dead[good.ID] = goodRef // the anchor says so, though the deletion's record is lost
 	default:
 		c.live[good.ID] = good
 	}

@@ -90,7 +90,7 @@ const DefaultCompressor = "zstd-fastest"
 const (
 	engineName      = "kopia 0.23.1"
 	formatVersion   = 1
-	maxPackSize     = 20 << 20
+	maxPackSize     = 16 << 20
 	kopiaHost       = "holdfast"
 	kopiaUser       = "backup"
 	defaultCache    = 64 << 20

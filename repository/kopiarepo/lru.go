@@ -121,6 +121,6 @@ type segmentMap struct {
 
 type mapCache = lru[segmentKey, *segmentMap]
 
-const mapCacheBytes = 48 << 20
+const mapCacheBytes = 32 << 20
 
 func newMapCache() *mapCache { return newLRU[segmentKey, *segmentMap](mapCacheBytes) }
