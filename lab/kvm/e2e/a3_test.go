@@ -45,8 +45,8 @@ func TestA3Changes(t *testing.T) {
 				vm.Start(kvmlab.Paused)
 			},
 			// QEMU never stopped in order since the baseline: its bitmaps were never
-			// written into the images.
-			want: map[string]string{"vda": "full tracking-lost", "vdb": "full tracking-lost"},
+			// written into the images, and libvirt calls them missing or broken.
+			want: map[string]string{"vda": "full tracking-inconsistent", "vdb": "full tracking-inconsistent"},
 		},
 		"QEMU killed after an orderly stop": {
 			disks: two,
