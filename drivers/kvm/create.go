@@ -229,8 +229,8 @@ func (c *creation) underFreeze(ctx context.Context, f *frozen, ferr error, reach
 	if err := c.begin(ctx); err != nil {
 		return hypervisor.CrashConsistent, nil, err
 	}
-	if !f.still(ctx) {
-		why = fmt.Errorf("%w: the guest did not stay frozen until the snapshot was made", hypervisor.ErrQuiesceTimeout)
+	if err := f.still(ctx); err != nil {
+		why = fmt.Errorf("%w: the guest was not seen frozen after the snapshot was made: %w", hypervisor.ErrQuiesceTimeout, err)
 		return hypervisor.CrashConsistent, why, nil
 	}
 	return reach, nil, nil

@@ -71,22 +71,28 @@ func (d *Driver) freeze(ctx context.Context, uuid, run string, budget time.Durat
 	return f, nil
 }
 
-// still reports whether the guest says that it is frozen: proof that it has been
+// still returns nil if the guest says that it is frozen: proof that it has been
 // since the freeze, also where guests thaw by themselves.
-func (f *frozen) still(ctx context.Context) bool {
+func (f *frozen) still(ctx context.Context) error {
 	select {
 	case <-f.done:
-		return false
+		return errors.New("it was thawed by the deadline")
 	default:
 	}
 	left := f.budget - f.d.cfg.Clock().Sub(f.start)
 	if left < thawMargin {
-		return false
+		return errors.New("the deadline has come")
 	}
 	ctx, cancel := context.WithTimeout(ctx, left-thawMargin/2)
 	defer cancel()
 	var status string
-	return f.d.agentCall(ctx, f.uuid, "guest-fsfreeze-status", &status) == nil && status == "frozen"
+	if err := f.d.agentCall(ctx, f.uuid, "guest-fsfreeze-status", &status); err != nil {
+		return err
+	}
+	if status != "frozen" {
+		return fmt.Errorf("its file systems are %q", status)
+	}
+	return nil
 }
 
 // thaw thaws the guest and waits until it was seen thawed or the attempts are
