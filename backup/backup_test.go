@@ -250,27 +250,33 @@ func TestOnlyTheDiskThatNeedsItIsReadInFull(t *testing.T) {
 				_, err := r.world.AddDisk(r.vm, fakes.DiskConfig{ID: "vdc", Size: 1 << 20})
 				return err
 			},
-			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks", "vdc": "full disk-added"}, nil,
+			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks", "vdc": "full disk-added"},
+			nil,
 		},
 		"removed": {
 			func(r *rig) error { return r.world.RemoveDisk(r.vm, "vdb") },
-			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks"}, nil,
+			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks"},
+			nil,
 		},
 		"replaced": {
 			func(r *rig) error { return r.world.ReplaceDisk(r.vm, "vdb", sizeB) },
-			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full disk-replaced"}, nil,
+			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full disk-replaced"},
+			nil,
 		},
 		"grown": {
 			func(r *rig) error { return r.world.ResizeDisk(r.vm, "vdb", sizeB+1<<20) },
-			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full disk-resized"}, nil,
+			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full disk-resized"},
+			nil,
 		},
 		"tracking lost": {
 			func(r *rig) error { return r.world.LoseTracking(r.vm, "vdb", hypervisor.ReasonInconsistent) },
-			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full tracking-inconsistent"}, nil,
+			map[hypervisor.DiskID]string{"vda": "incremental changed-blocks", "vdb": "full tracking-inconsistent"},
+			nil,
 		},
 		"requested": {
 			func(*rig) error { return nil },
-			map[hypervisor.DiskID]string{"vda": "full requested", "vdb": "full requested"}, func(o *backup.Options) { o.Full = true },
+			map[hypervisor.DiskID]string{"vda": "full requested", "vdb": "full requested"},
+			func(o *backup.Options) { o.Full = true },
 		},
 		"excluded": {
 			func(*rig) error { return nil },

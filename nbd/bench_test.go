@@ -1,6 +1,7 @@
 package nbd_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -28,7 +29,7 @@ func readAll(c *nbd.Client, inflight int) error {
 				if off >= c.Size() {
 					return
 				}
-				if _, err := c.ReadAt(p, off); err != nil && err != io.EOF {
+				if _, err := c.ReadAt(p, off); err != nil && !errors.Is(err, io.EOF) {
 					errs <- err
 					return
 				}

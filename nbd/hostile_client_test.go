@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"math"
 	"net"
@@ -81,11 +82,7 @@ func (c *raw) mustEnd() {
 }
 
 func errorsAsTimeout(err error, target *net.Error) bool {
-	e, ok := err.(net.Error)
-	if ok {
-		*target = e
-	}
-	return ok && e.Timeout()
+	return errors.As(err, target) && (*target).Timeout()
 }
 
 // command encodes a request.

@@ -307,7 +307,7 @@ func TestErrorsReachTheCaller(t *testing.T) {
 			_, err := c.ReadAt(p, mib)
 			require.ErrorIs(t, err, row.want)
 			require.NotContains(t, err.Error(), "secret")
-			if row.want == nbd.ESHUTDOWN { // which ends the connection
+			if errors.Is(row.want, nbd.ESHUTDOWN) { // which ends the connection
 				break
 			}
 			_, err = c.WriteAt(p, mib)

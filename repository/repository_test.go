@@ -2,7 +2,6 @@ package repository_test
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -17,7 +16,12 @@ import (
 func TestBlocksCoverTheDisk(t *testing.T) {
 	const bs = repository.DefaultBlockSize
 	for _, c := range []struct{ size, blocks, last int64 }{
-		{0, 0, 0}, {1, 1, 1}, {bs - 1, 1, bs - 1}, {bs, 1, bs}, {bs + 1, 2, 1}, {5*bs + 7, 6, 7},
+		{0, 0, 0},
+		{1, 1, 1},
+		{bs - 1, 1, bs - 1},
+		{bs, 1, bs},
+		{bs + 1, 2, 1},
+		{5*bs + 7, 6, 7},
 		{math.MaxInt64, math.MaxInt64/bs + 1, bs - 1},
 	} {
 		n := repository.Blocks(c.size, bs)
@@ -124,7 +128,7 @@ func TestLockedErrorMatches(t *testing.T) {
 	require.ErrorIs(t, err, repository.ErrLocked)
 	require.NotErrorIs(t, err, repository.ErrFenced)
 	var locked *repository.LockedError
-	require.True(t, errors.As(err, &locked))
+	require.ErrorAs(t, err, &locked)
 	require.Equal(t, "host a", locked.Holder)
 }
 

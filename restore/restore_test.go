@@ -49,8 +49,11 @@ func newRig(t *testing.T) *rig {
 		off  int64
 		text string
 	}{
-		{"vda", 0, "boot"}, {"vda", 3<<20 - 2, "across blocks"}, {"vda", sizeA - 4, "last"},
-		{"vdb", 1 << 20, "data"}, {"vdb", sizeB - 1, "e"},
+		{"vda", 0, "boot"},
+		{"vda", 3<<20 - 2, "across blocks"},
+		{"vda", sizeA - 4, "last"},
+		{"vdb", 1 << 20, "data"},
+		{"vdb", sizeB - 1, "e"},
 	} {
 		require.NoError(t, r.world.GuestWrite(r.vm, w.disk, w.off, []byte(w.text)))
 	}
@@ -213,7 +216,7 @@ func TestToFilesWritesImagesThatAreTheTruth(t *testing.T) {
 	require.NoError(t, err)
 	f, err := os.Open(filepath.Join(q, "vda.qcow2"))
 	require.NoError(t, err)
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	st, err := f.Stat()
 	require.NoError(t, err)
 	img, err := qcow2.Open(f, st.Size())

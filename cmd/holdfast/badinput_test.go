@@ -51,7 +51,10 @@ func TestRealRepositoryRefuses(t *testing.T) {
 
 	r.env["HOLDFAST_REPO_PASSWORD"] = "wrong"
 	for _, cmd := range [][]string{
-		{"backup", "--from", testURL, "web1"}, {"points"}, {"verify"}, {"plan", "--from", testURL, "web1"},
+		{"backup", "--from", testURL, "web1"},
+		{"points"},
+		{"verify"},
+		{"plan", "--from", testURL, "web1"},
 		{"restore", "--point", "latest", "--vm", "web1", "--to", "file:" + filepath.Join(r.dir, "out")},
 	} {
 		p := r.fails(exitFailed, "password", append(cmd, "--repo", r.repo())...)

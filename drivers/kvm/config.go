@@ -7,6 +7,8 @@ import (
 	"net"
 	"path/filepath"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/clock"
 )
 
 // Config says which daemon to use and where files go. URI is required; the zero
@@ -94,7 +96,7 @@ func (c Config) withDefaults() (Config, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	if c.Clock == nil {
-		c.Clock = time.Now
+		c.Clock = clock.Real().Now
 	}
 	if c.Sleep == nil {
 		c.Sleep = sleep

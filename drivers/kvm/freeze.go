@@ -51,7 +51,7 @@ func (d *Driver) freeze(ctx context.Context, uuid, run string, budget time.Durat
 	f.stopTimer = cancel
 	go func() {
 		if d.cfg.Sleep(tctx, max(budget-thawMargin, budget/2)) == nil {
-			f.thaw()
+			_ = f.thaw() // its outcome is kept in f, where the snapshot asks for it
 		}
 	}()
 	// Not only the guest's file systems have to be frozen within the budget, also

@@ -229,7 +229,7 @@ func (r *imageReader) ReadAt(p []byte, off int64) (int, error) {
 		return 0, r.fail(err)
 	}
 	n, err := r.ReaderAt.ReadAt(p, off)
-	if err == io.EOF { //nolint:errorlint // the end of the disk is returned bare
+	if err == io.EOF { // the end of the disk is returned bare
 		return n, err
 	}
 	return n, r.fail(err)

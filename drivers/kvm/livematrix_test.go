@@ -2,7 +2,6 @@ package kvm
 
 import (
 	"context"
-	"errors"
 	"io"
 	"path/filepath"
 	"strings"
@@ -75,8 +74,10 @@ func TestLiveWhatHappensBetweenBackups(t *testing.T) {
 			vm.Undefine()
 			vm.Redefine()
 		}, both("")},
-		"disk grown": {func(vm *kvmlab.VM) { vm.Resize("vda", 10*mib) },
-			verdicts{"vda": hypervisor.ReasonDiskResized, "vdb": ""}},
+		"disk grown": {
+			func(vm *kvmlab.VM) { vm.Resize("vda", 10*mib) },
+			verdicts{"vda": hypervisor.ReasonDiskResized, "vdb": ""},
+		},
 		"disk replaced": {func(vm *kvmlab.VM) {
 			vm.ReplaceDisk("vda", kvmlab.Disk{Size: 8*mib + 512, Data: []kvmlab.Range{{Off: 4096, Len: 8192}}, Seed: 9})
 		}, verdicts{"vda": hypervisor.ReasonDiskReplaced, "vdb": ""}},
@@ -390,7 +391,7 @@ func TestLiveCancelledCreateLeavesNothing(t *testing.T) {
 		require.NoError(t, s.Release(l.ctx, nil))
 		t.Skip("the machine was faster than the deadline")
 	}
-	require.True(t, errors.Is(err, context.DeadlineExceeded), "%v", err)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.False(t, vm.Active())
 	require.Empty(t, vm.Checkpoints())
 	l.clean(vm)

@@ -35,7 +35,7 @@ func readHeader(r io.ReaderAt) (*header, error) {
 	if n < 72 {
 		return nil, fmt.Errorf("qcow2 header: %d bytes: %w", n, io.ErrUnexpectedEOF)
 	}
-	if err != nil && n < len(b) && err != io.EOF { //nolint:errorlint // ReaderAt returns it bare
+	if err != nil && n < len(b) && err != io.EOF { // ReaderAt returns it bare
 		return nil, err
 	}
 	be := binary.BigEndian

@@ -2,7 +2,6 @@ package repositorytest
 
 import (
 	"context"
-	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -171,7 +170,7 @@ func checkCancelLock(t T, h *Harness) {
 	ctx, cancel := context.WithCancel(e.ctx)
 	cancel()
 	if err := l.Release(ctx); err != nil {
-		require.True(t, errors.Is(err, context.Canceled), "release: %v", err)
+		require.ErrorIs(t, err, context.Canceled, "release")
 		require.NoError(t, l.Check(e.ctx))
 		require.NoError(t, l.Release(e.ctx))
 	}

@@ -69,9 +69,19 @@ func checkPointsFilter(t T, h *Harness) {
 		all = append(all, e.commit(e.tiny(p.chain, p.name)))
 	}
 	for _, q := range []repository.Query{
-		{}, {Chain: "vm-1"}, {Chain: "vm-1.2"}, {Name: "web"}, {Name: "db", Chain: "vm-1"}, {Name: "db", Chain: "vm-2"},
-		{Run: all[1].Run}, {Run: all[1].Run, Chain: "vm-1"}, {Chain: "vm"}, {Chain: "none"}, {Chain: "NO/../such*"},
-		{Name: "we"}, {Run: "run"},
+		{},
+		{Chain: "vm-1"},
+		{Chain: "vm-1.2"},
+		{Name: "web"},
+		{Name: "db", Chain: "vm-1"},
+		{Name: "db", Chain: "vm-2"},
+		{Run: all[1].Run},
+		{Run: all[1].Run, Chain: "vm-1"},
+		{Chain: "vm"},
+		{Chain: "none"},
+		{Chain: "NO/../such*"},
+		{Name: "we"},
+		{Run: "run"},
 	} {
 		want := []repository.PointID{}
 		for _, p := range all {

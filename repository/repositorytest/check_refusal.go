@@ -40,9 +40,16 @@ func fileChecks() []Check {
 func checkBadSpec(t T, h *Harness) {
 	e := newEnv(t, h)
 	for _, s := range []repository.PointSpec{
-		{Chain: "", Run: "r"}, {Chain: "VM", Run: "r"}, {Chain: "a/b", Run: "r"}, {Chain: "a b", Run: "r"},
-		{Chain: strings.Repeat("x", 129), Run: "r"}, {Chain: "ä", Run: "r"},
-		{Chain: "vm", Run: ""}, {Chain: "vm", Run: "R"}, {Chain: "vm", Run: "r-1"}, {Chain: "vm", Run: strings.Repeat("x", 33)},
+		{Chain: "", Run: "r"},
+		{Chain: "VM", Run: "r"},
+		{Chain: "a/b", Run: "r"},
+		{Chain: "a b", Run: "r"},
+		{Chain: strings.Repeat("x", 129), Run: "r"},
+		{Chain: "ä", Run: "r"},
+		{Chain: "vm", Run: ""},
+		{Chain: "vm", Run: "R"},
+		{Chain: "vm", Run: "r-1"},
+		{Chain: "vm", Run: strings.Repeat("x", 33)},
 	} {
 		w, err := e.repo.Begin(e.ctx, &s)
 		require.Error(t, err, "chain %q, run %q", s.Chain, s.Run)
@@ -62,11 +69,16 @@ func checkBadDisk(t T, h *Harness) {
 	w, err := e.repo.Begin(e.ctx, &repository.PointSpec{Chain: "vm-1", Run: e.run()})
 	require.NoError(t, err)
 	for _, s := range []repository.DiskSpec{
-		{ID: "", Size: small, BlockSize: small}, {ID: "a/b", Size: small, BlockSize: small},
-		{ID: strings.Repeat("x", 65), Size: small, BlockSize: small}, {ID: "a b", Size: small, BlockSize: small},
-		{ID: "d", Size: -1, BlockSize: small}, {ID: "d", Size: small, BlockSize: 0},
-		{ID: "d", Size: small, BlockSize: small - 1}, {ID: "d", Size: small, BlockSize: 3 * small},
-		{ID: "d", Size: small, BlockSize: small / 2}, {ID: "d", Size: small, BlockSize: 2 * repository.MaxBlockSize},
+		{ID: "", Size: small, BlockSize: small},
+		{ID: "a/b", Size: small, BlockSize: small},
+		{ID: strings.Repeat("x", 65), Size: small, BlockSize: small},
+		{ID: "a b", Size: small, BlockSize: small},
+		{ID: "d", Size: -1, BlockSize: small},
+		{ID: "d", Size: small, BlockSize: 0},
+		{ID: "d", Size: small, BlockSize: small - 1},
+		{ID: "d", Size: small, BlockSize: 3 * small},
+		{ID: "d", Size: small, BlockSize: small / 2},
+		{ID: "d", Size: small, BlockSize: 2 * repository.MaxBlockSize},
 		{ID: "d", Size: small, BlockSize: -small},
 	} {
 		_, err := w.Disk(e.ctx, s)

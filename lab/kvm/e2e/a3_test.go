@@ -259,7 +259,7 @@ func TestA3ScratchFilled(t *testing.T) {
 	require.Positive(t, lowest, "room was left all the time")
 	got, err := os.Open(vm.Truth("vda").Path)
 	require.NoError(t, err)
-	defer got.Close() //nolint:errcheck // only read
+	defer got.Close()
 	for i := range int64(20) {
 		var b [65536]byte
 		_, err := got.ReadAt(b[:], 400*mib+i*mib)

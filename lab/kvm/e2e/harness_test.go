@@ -260,18 +260,6 @@ func sameFile(t *testing.T, want, got string) {
 	require.Equal(t, int64(-1), off, "%s differs from the truth %s at this byte", got, want)
 }
 
-// left is the census after a run: nothing but checkpoints that are declared.
-func (r *rig) left(vms ...*kvmlab.VM) []string {
-	r.t.Helper()
-	all, err := r.lab.Leftovers(vms, r.scratch())
-	require.NoError(r.t, err)
-	var out []string
-	for _, l := range all {
-		out = append(out, l.String())
-	}
-	return out
-}
-
 // jsonLines decodes one object per line.
 func jsonLines(t *testing.T, b []byte) (out []map[string]any) {
 	t.Helper()
