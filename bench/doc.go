@@ -1,3 +1,5 @@
+//go:build linux
+
 // Command bench compares Holdfast with its peers on one running QEMU disk, in one
 // run, and writes the table of docs/performance.md. It needs the lab (lab/kvm/up),
 // the peers from Debian (virtnbdbackup, restic, borgbackup, qemu-utils,
