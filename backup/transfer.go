@@ -210,10 +210,11 @@ func readBlock(r hypervisor.DiskReader, p []byte, off int64) (hole bool, err err
 	} else {
 		n, err = r.ReadAt(p, off)
 	}
-	if n == len(p) && (err == nil || errors.Is(err, io.EOF)) {
-		return hole, nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
+	//nolint:errorlint // the end of a disk is io.EOF bare; a wrapped one tells of something else that ended
+	if end := err == io.EOF; err == nil || end {
+		if n == len(p) {
+			return hole, nil
+		}
 		err = io.ErrUnexpectedEOF
 	}
 	return false, fmt.Errorf("%d of %d bytes at %d: %w", n, len(p), off, err)

@@ -74,7 +74,7 @@ func Read(ctx context.Context, s Snapshot, disk DiskID, since *Baseline, yield f
 		for off := e.Offset; off < e.End(); {
 			p := buf[:min(int64(len(buf)), e.End()-off)]
 			if n, err := r.ReadAt(p, off); n < len(p) {
-				if err == nil || errors.Is(err, io.EOF) {
+				if err == nil || err == io.EOF { //nolint:errorlint // a wrapped one is no end of the disk
 					err = io.ErrUnexpectedEOF
 				}
 				return &Error{Op: "Read", VM: s.VM().ID, Disk: disk, Err: fmt.Errorf("%d of %d bytes at %d: %w", n, len(p), off, err)}

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -101,6 +102,9 @@ func (c *conn) failure() error {
 func (c *conn) fail(err error) {
 	c.mu.Lock()
 	if c.err == nil {
+		if err == io.EOF { //nolint:errorlint // readers know it as the end of the export, which this is not
+			err = io.ErrUnexpectedEOF
+		}
 		if !errors.Is(err, ErrConnectionLost) && !errors.Is(err, ErrClosed) {
 			err = fmt.Errorf("%w: %w", ErrConnectionLost, err)
 		}

@@ -3,7 +3,6 @@ package nbd
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -31,7 +30,7 @@ func (c *conn) receiveLoop() error {
 	var h [structuredSize]byte
 	for {
 		if _, err := io.ReadFull(c.br, h[:simpleSize]); err != nil {
-			return fmt.Errorf("%w: %w", ErrConnectionLost, err)
+			return err
 		}
 		var err error
 		switch magic := binary.BigEndian.Uint32(h[:]); magic {

@@ -178,6 +178,20 @@ func TestChangesDoNotSurviveALostConnection(t *testing.T) {
 	require.Equal(t, "data", string(m.bytes()[:4]))
 }
 
+// TestLostConnectionIsNoEnd: a server that closes the connection must not look like
+// the end of the export, which readers are told of by io.EOF.
+func TestLostConnectionIsNoEnd(t *testing.T) {
+	var dials atomic.Int32
+	c := dial(t, fakeConfig(t, &dials, &fakeServer{serve: func(c net.Conn) error {
+		_, err := next(c)
+		return errors.Join(err, c.Close())
+	}}))
+	n, err := c.ReadAt(make([]byte, 512), 0)
+	require.Zero(t, n)
+	require.ErrorIs(t, err, nbd.ErrConnectionLost)
+	require.NotErrorIs(t, err, io.EOF)
+}
+
 // TestServerShutdownReply: ESHUTDOWN makes the client leave.
 func TestServerShutdownReply(t *testing.T) {
 	var dials atomic.Int32

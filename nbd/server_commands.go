@@ -249,7 +249,7 @@ func (sc *serverConn) readFull(ctx context.Context, p []byte, off int64) error {
 	if n == len(p) {
 		return nil
 	}
-	if err == nil || errors.Is(err, io.EOF) {
+	if err == nil || err == io.EOF { //nolint:errorlint // a wrapped one is no end of the export
 		return io.ErrUnexpectedEOF
 	}
 	return err

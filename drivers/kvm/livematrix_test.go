@@ -363,9 +363,9 @@ func TestLiveClassification(t *testing.T) {
 func TestLiveOfflineLevelSurvivesBackups(t *testing.T) {
 	l := newLab(t)
 	vm := l.twoDisks(kvmlab.Paused)
-	// A clean end, as libvirt sees it.
+	// A clean end, as libvirt sees it. QEMU may be gone before libvirt has its answer.
 	_, err := l.d.conn.monitor(l.ctx, vm.UUID(), `{"execute":"quit"}`)
-	require.NoError(t, err)
+	t.Logf("quit: %v", err)
 	require.NoError(t, l.d.waitState(l.ctx, vm.UUID(), func(s int) bool { return !active(s) }))
 	for range 2 {
 		s := l.snap(vm, &hypervisor.SnapshotOptions{MinConsistency: hypervisor.FilesystemConsistent})

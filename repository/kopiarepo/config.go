@@ -44,9 +44,6 @@ type Config struct {
 	// Password opens both our key slots and kopia, verbatim.
 	Password Secret
 
-	// ConfigDir holds the connection file that kopia wants; empty: a private
-	// temporary directory that Close removes.
-	ConfigDir string
 	// CacheDir keeps kopia's content indexes memory-mapped; empty: on the heap.
 	CacheDir string
 	// AnchorFile remembers, on the client's side, the newest record of each chain,
@@ -134,11 +131,8 @@ func (c Config) complete() (_ Config, realClock bool, err error) {
 	if compression.ByName[compression.Name(c.Compressor)] == nil {
 		return c, false, fmt.Errorf("unknown compressor %q", c.Compressor)
 	}
-	for _, dir := range []*string{&c.ConfigDir, &c.CacheDir} {
-		if *dir == "" {
-			continue
-		}
-		if *dir, err = filepath.Abs(*dir); err != nil {
+	if c.CacheDir != "" {
+		if c.CacheDir, err = filepath.Abs(c.CacheDir); err != nil {
 			return c, false, err
 		}
 	}

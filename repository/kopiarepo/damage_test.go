@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -123,64 +125,96 @@ func (s *shelf) compareFile(ctx context.Context, r repository.Repository, i int)
 	return err
 }
 
-// TestDamageIsFoundAndNamed flips, empties, truncates, removes and swaps stored
-// files, one at a time.
+// harm is one thing that happens to stored files.
+type harm struct {
+	how   string // flip, empty, truncate, lost or swap
+	name  string
+	other string // swapped with
+}
+
+func (h harm) String() string { return fmt.Sprintf("%s of %s (%s)", h.how, h.name, h.other) }
+
+// do damages a repository; undo takes it back. A swap of equal files is no damage.
+func (h harm) do(dir string, rnd *rand.Rand) (undo func() error, damaged bool, err error) {
+	p, other := filepath.Join(dir, h.name), filepath.Join(dir, h.other)
+	old, err := os.ReadFile(p)
+	if err != nil {
+		return nil, false, err
+	}
+	info, err := os.Stat(p)
+	if err != nil {
+		return nil, false, err
+	}
+	undo = func() error {
+		return joined(os.WriteFile(p, old, 0o600), os.Chtimes(p, info.ModTime(), info.ModTime()))
+	}
+	switch h.how {
+	case "flip":
+		b := slices.Clone(old)
+		b[rnd.IntN(len(b))] ^= 1 << rnd.IntN(8)
+		err = os.WriteFile(p, b, 0o600)
+	case "empty":
+		err = os.WriteFile(p, nil, 0o600)
+	case "truncate":
+		err = os.WriteFile(p, old[:rnd.IntN(len(old))], 0o600)
+	case "lost":
+		err = os.Remove(p)
+	case "swap":
+		b, rerr := os.ReadFile(other)
+		if rerr != nil || string(b) == string(old) {
+			return undo, false, rerr
+		}
+		first := undo
+		undo = func() error { return joined(first(), os.WriteFile(other, b, 0o600)) }
+		err = joined(os.WriteFile(other, old, 0o600), os.WriteFile(p, b, 0o600))
+	}
+	return undo, true, err
+}
+
+// TestDamageIsFoundAndNamed flips single bits, and empties, truncates, removes and
+// swaps stored files, one at a time. HOLDFAST_FAULTS=all tries 500 flips, spread
+// over all files, and every file in every other way; the default is a tenth.
 func TestDamageIsFoundAndNamed(t *testing.T) {
 	s := newShelf(t)
 	rnd := seed(t)
 	files := s.files(t)
-	step := 6 // a sample; HOLDFAST_FAULTS=all damages every file in every way
-	if os.Getenv("HOLDFAST_FAULTS") == "all" {
-		step = 1
+	var all []harm
+	for i := range max(500, len(files)) {
+		all = append(all, harm{how: "flip", name: files[i%len(files)]})
 	}
-	tried := 0
 	for i, name := range files {
-		for j, how := range []string{"flip", "empty", "truncate", "lost", "swap"} {
-			if (i*5+j+rnd.IntN(step))%step != 0 {
-				continue
-			}
-			p := filepath.Join(s.dir, name)
-			old, err := os.ReadFile(p)
-			require.NoError(t, err)
-			info, err := os.Stat(p)
-			require.NoError(t, err)
-			other := filepath.Join(s.dir, files[(i+1+rnd.IntN(len(files)-1))%len(files)])
-			undo := []func() error{func() error { return os.WriteFile(p, old, 0o600) }}
-			switch how {
-			case "flip":
-				b := slices.Clone(old)
-				b[rnd.IntN(len(b))] ^= 1 << rnd.IntN(8)
-				err = os.WriteFile(p, b, 0o600)
-			case "empty":
-				err = os.WriteFile(p, nil, 0o600)
-			case "truncate":
-				err = os.WriteFile(p, old[:rnd.IntN(len(old))], 0o600)
-			case "lost":
-				err = os.Remove(p)
-			case "swap":
-				b, rerr := os.ReadFile(other)
-				require.NoError(t, rerr)
-				if string(b) == string(old) {
-					continue
-				}
-				undo = append(undo, func() error { return os.WriteFile(other, b, 0o600) })
-				require.NoError(t, os.WriteFile(other, old, 0o600))
-				err = os.WriteFile(p, b, 0o600)
-			}
-			require.NoError(t, err)
-			tried++
-			s.check(t, s.dir, fmt.Sprintf("%s of %s (and %s)", how, name, other))
-			for _, f := range undo {
-				require.NoError(t, f())
-			}
-			require.NoError(t, os.Chtimes(p, info.ModTime(), info.ModTime()))
-		}
+		other := files[(i+1+rnd.IntN(len(files)-1))%len(files)]
+		all = append(all, harm{"empty", name, ""}, harm{"truncate", name, ""}, harm{"lost", name, ""}, harm{"swap", name, other})
 	}
-	t.Logf("%d damages of %d files", tried, len(files))
-	r := open(t, config(s.dir))
-	rep, err := r.Verify(context.Background(), &repository.VerifyOptions{Level: repository.VerifyData})
-	require.NoError(t, err)
-	require.Empty(t, rep.Damages, "after all damage was taken back")
+	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	if os.Getenv("HOLDFAST_FAULTS") != "all" {
+		all = all[:len(all)/10]
+	}
+	const workers = 2
+	var tried [workers]map[string]int
+	t.Run("each", func(t *testing.T) {
+		for k := range workers {
+			dir, rnd := copyTree(t, s.dir), seed(t)
+			tried[k] = map[string]int{}
+			t.Run(strconv.Itoa(k), func(t *testing.T) {
+				t.Parallel()
+				for i := k; i < len(all); i += workers {
+					undo, damaged, err := all[i].do(dir, rnd)
+					require.NoError(t, err)
+					if damaged {
+						s.check(t, dir, all[i].String())
+						tried[k][all[i].how]++
+					}
+					require.NoError(t, undo())
+				}
+				r := open(t, config(dir))
+				rep, err := r.Verify(context.Background(), &repository.VerifyOptions{Level: repository.VerifyData})
+				require.NoError(t, err)
+				require.Empty(t, rep.Damages, "after all damage was taken back")
+			})
+		}
+	})
+	t.Logf("damages of %d files: %v and %v", len(files), tried[0], tried[1])
 }
 
 // TestRepairBringsBackFromCopies damages every file that has a copy, at once, and

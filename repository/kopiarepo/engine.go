@@ -84,9 +84,8 @@ type engine struct {
 	store  *blobStore
 	repoID string
 
-	mu      sync.Mutex
-	dr      repo.DirectRepository
-	tempDir string
+	mu sync.Mutex
+	dr repo.DirectRepository
 }
 
 func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
@@ -95,7 +94,7 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	if e.dr != nil {
 		return e.dr, nil
 	}
-	file, err := e.writeConfig()
+	file, remove, err := e.connection()
 	if err != nil {
 		return nil, err
 	}
@@ -109,6 +108,9 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 		},
 	})
 	err = done(err)
+	if rerr := remove(); err == nil && rerr != nil {
+		return nil, errors.Join(rerr, r.Close(ctx))
+	}
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil, ctx.Err()
@@ -154,22 +156,15 @@ func increasing(clock func() time.Time) func() time.Time {
 	}
 }
 
-// writeConfig writes the file that kopia opens a repository by. kopia would write
-// it itself, but opens the repository once more to do so.
-func (e *engine) writeConfig() (string, error) {
-	dir := e.cfg.ConfigDir
-	if dir == "" {
-		if e.tempDir == "" {
-			temp, err := os.MkdirTemp("", "holdfast-repository-")
-			if err != nil {
-				return "", err
-			}
-			e.tempDir = temp
-		}
-		dir = e.tempDir
-	} else if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
+// connection makes the file that kopia opens a repository by, in a directory of
+// its own. kopia would write it itself, but opens the repository once more to do so.
+// It is read once, so that what a killed process leaves of it is a matter of luck.
+func (e *engine) connection() (file string, remove func() error, err error) {
+	dir, err := os.MkdirTemp("", "holdfast-repository-")
+	if err != nil {
+		return "", nil, err
 	}
+	remove = func() error { return os.RemoveAll(dir) }
 	cache := e.cfg.CacheDir
 	if cache != "" {
 		cache = filepath.Join(cache, e.repoID)
@@ -182,11 +177,24 @@ func (e *engine) writeConfig() (string, error) {
 			Hostname: kopiaHost, Username: kopiaUser, Description: "Holdfast",
 		},
 	})
-	if err != nil {
-		return "", err
+	file = filepath.Join(dir, "kopia.config")
+	if err = errors.Join(err, os.WriteFile(file, b, 0o600)); err != nil {
+		return "", nil, errors.Join(err, remove())
 	}
-	file := filepath.Join(dir, "kopia-"+e.store.handle[:8]+".config")
-	return file, os.WriteFile(file, b, 0o600)
+	return file, remove, nil
+}
+
+// exclusive runs maintenance under kopia's own lock of the client, whose file lies
+// beside the connection file.
+func (e *engine) exclusive(ctx context.Context, w repo.DirectRepositoryWriter, mode maintenance.Mode,
+	run func(context.Context, maintenance.RunParameters) error,
+) (err error) {
+	dir := filepath.Dir(w.ConfigFilename())
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	return maintenance.RunExclusive(ctx, w, mode, false, run)
 }
 
 // become makes us the only one that may run kopia's maintenance.
@@ -206,21 +214,6 @@ func (e *engine) close(ctx context.Context) error {
 	if e.dr != nil {
 		err = e.dr.Close(ctx)
 		e.dr = nil
-	}
-	if e.cfg.ConfigDir != "" {
-		err = errors.Join(err, ignoreAbsent(os.Remove(filepath.Join(e.cfg.ConfigDir, "kopia-"+e.store.handle[:8]+".config"))))
-		err = errors.Join(err, ignoreAbsent(os.Remove(filepath.Join(e.cfg.ConfigDir, "kopia-"+e.store.handle[:8]+".config.mlock"))))
-	}
-	if e.tempDir != "" {
-		err = errors.Join(err, os.RemoveAll(e.tempDir))
-		e.tempDir = ""
-	}
-	return err
-}
-
-func ignoreAbsent(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
 	}
 	return err
 }

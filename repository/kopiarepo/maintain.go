@@ -139,7 +139,7 @@ func (m *maintainer) runEngine(ctx context.Context) error {
 			if m.full {
 				mode = maintenance.ModeFull
 			}
-			runErr := maintenance.RunExclusive(ctx, w, mode, false, func(ctx context.Context, p maintenance.RunParameters) error {
+			runErr := r.eng.exclusive(ctx, w, mode, func(ctx context.Context, p maintenance.RunParameters) error {
 				if p.Mode == maintenance.ModeFull {
 					return m.fullCycle(ctx, w, p.MaintenanceStartTime)
 				}

@@ -47,7 +47,7 @@ func deletePoint(ctx context.Context, t testing.TB, r *kopiarepo.Repository, id 
 	require.NoError(t, l.Release(ctx))
 }
 
-// TestPruneGivesSpaceBack prunes to one point and moves the clock past kopia's
+// TestPruneGivesSpaceBack prunes 30 points to one and moves the clock past kopia's
 // safety times: what is left takes hardly more than a new repository with that
 // point.
 func TestPruneGivesSpaceBack(t *testing.T) {
@@ -65,7 +65,7 @@ func TestPruneGivesSpaceBack(t *testing.T) {
 	used := sortedIndexes(m.blocks)
 	var ids []repository.PointID
 	parent := repository.PointID("")
-	for k := range 6 {
+	for k := range 30 {
 		var changed []int64
 		if k > 0 {
 			for range 15 {

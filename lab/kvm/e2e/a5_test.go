@@ -8,6 +8,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/internal/journal"
 	"github.com/holdfast-backup/holdfast/lab/kvm/kvmlab"
 )
 
@@ -140,29 +142,73 @@ func TestA5AgentStopped(t *testing.T) {
 	r.thawed(vm, 30*time.Second)
 }
 
-// TestA5KilledWhileFrozen: the main process is killed inside the freeze window;
-// the guard thaws the guest by the deadline and a second.
+// TestA5KilledWhileFrozen: the main process is killed at random moments of the
+// freeze window; the guard thaws the guest by the deadline and a second, and the
+// next backup is incremental. One kill in five falls here.
 func TestA5KilledWhileFrozen(t *testing.T) {
 	r := newRig(t)
-	const deadline = 6 * time.Second
-	vm := r.guest(kvmlab.Guest{HookSleep: 2 * time.Second})
-	var killed time.Time
-	p := r.start(func(p *proc, e event) {
-		if e.Event == "stage" && e.Stage == "snapshot" && e.State == "enter" {
-			go func() {
-				<-time.After(1500 * time.Millisecond) // inside the hook, which runs before the freeze
-				killed = time.Now()
-				p.kill()
-			}()
+	const (
+		deadline = 6 * time.Second
+		hook     = 2 * time.Second
+	)
+	vm := r.guest(kvmlab.Guest{HookSleep: hook})
+	r.backup(vm.Name, "--consistency", "crash")
+	total := max(1, kills(t)/5)
+	for round, tries := 0, 0; round < total; tries++ {
+		require.Less(t, tries, 3*total, "kills miss the window")
+		freezes, thaws := hookCalls(vm, "freeze"), hookCalls(vm, "thaw")
+		delay := time.Duration(r.rnd.Int64N(int64(hook)))
+		killed := make(chan time.Time, 1)
+		p := r.start(func(p *proc, e event) {
+			if e.Event == "stage" && e.Stage == "snapshot" && e.State == "enter" {
+				time.AfterFunc(delay, func() {
+					killed <- time.Now()
+					p.kill()
+				})
+			}
+		}, r.backupArgs(vm.Name, "--consistency", "filesystem", "--quiesce-timeout", deadline.String())...)
+		o := p.wait()
+		require.Equal(t, -1, o.code, "%s", o)
+		at := <-killed
+		if hookCalls(vm, "freeze") > freezes && r.owes(journal.Thaw) {
+			round++
+			t.Logf("kill %d, %v after the snapshot stage began", round, delay)
+			require.Eventually(t, func() bool {
+				if hookCalls(vm, "thaw") == thaws { // the freeze may still be to come
+					return false
+				}
+				blocked, err := vm.TryBlocked()
+				return err == nil && !blocked
+			}, time.Until(at.Add(deadline+time.Second)), 100*time.Millisecond, "thawed by deadline + 1 s")
 		}
-	}, r.backupArgs(vm.Name, "--consistency", "filesystem", "--quiesce-timeout", deadline.String())...)
-	o := p.wait()
-	require.Equal(t, -1, o.code, "%s", o)
-	require.Eventually(t, func() bool {
-		blocked, err := vm.TryBlocked()
-		return err == nil && !blocked
-	}, time.Until(killed.Add(deadline+time.Second)), 100*time.Millisecond, "thawed by deadline + 1 s")
-	r.thawed(vm, 30*time.Second)
-	r.must(r.backupArgs(vm.Name)...)
-	r.nothingLeft(vm)
+		r.thawed(vm, 30*time.Second)
+		require.Equal(t, map[string]string{"vda": inc}, r.backup(vm.Name, "--consistency", "crash").modes())
+		r.nothingLeft(vm)
+	}
+	r.must("verify", "--repo", r.repo)
+}
+
+// hookCalls counts how often the guest's freeze hook was called for something.
+func hookCalls(vm *kvmlab.VM, what string) (n int) {
+	for _, c := range vm.HookCalls() {
+		if c.What == what {
+			n++
+		}
+	}
+	return n
+}
+
+// owes says whether a dead run has an open obligation of a kind.
+func (r *rig) owes(kind journal.Kind) bool {
+	r.t.Helper()
+	entries, err := journal.List(backup.JournalDir(r.state), nil)
+	require.NoError(r.t, err)
+	for _, e := range entries {
+		for _, o := range e.Open {
+			if !e.Alive && o.Kind == kind {
+				return true
+			}
+		}
+	}
+	return false
 }
