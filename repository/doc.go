@@ -10,7 +10,7 @@
 // other. A [Block] is the unit of storage: fixed size per disk, aligned, the
 // last one short. A leaf is the unit of proof: [LeafSize] bytes of plaintext
 // have one keyed [Digest], computed where the bytes left the hypervisor, and
-// stored beside the block. A segment is [Info].SegmentBlocks blocks whose map is
+// stored beside the block. A segment is [Info].SegmentBytes of blocks whose map is
 // loaded and shared as one.
 //
 // # Lifecycle

@@ -2,98 +2,25 @@ package qcow2
 
 import (
 	"errors"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"runtime"
+
+	"github.com/holdfast-backup/holdfast/image/internal/partial"
 )
+
+// PartialSuffix is what the name of a file ends in until it is committed.
+const PartialSuffix = partial.Suffix
 
 // Create returns a Writer for a new image file at path, for a disk of size bytes (see
 // [NewWriter]). Until Commit the file is called path+[PartialSuffix]; Close without Commit removes
 // it. Neither name may exist, else the error is an [fs.ErrExist].
 func Create(path string, size int64) (*Writer, error) {
-	p, err := createPartial(path)
+	p, err := partial.Create(path)
 	if err != nil {
 		return nil, &Error{Op: "create", Err: err}
 	}
 	w, err := NewWriter(p, size)
 	if err != nil {
-		return nil, errors.Join(err, p.end(false))
+		return nil, errors.Join(err, p.End(false))
 	}
-	w.end = p.end
+	w.end = p.End
 	return w, nil
-}
-
-// PartialSuffix is what the name of a file ends in until it is committed.
-const PartialSuffix = ".partial"
-
-// partial is a file that gets its name when it is complete.
-type partial struct {
-	*os.File
-	path string
-}
-
-// createPartial makes path+PartialSuffix, readable by the owner alone. Neither that nor path may
-// exist.
-func createPartial(path string) (*partial, error) {
-	if _, err := os.Lstat(path); err == nil {
-		return nil, &fs.PathError{Op: "create", Path: path, Err: fs.ErrExist}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	f, err := os.OpenFile(path+PartialSuffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	return &partial{File: f, path: path}, nil
-}
-
-// end gives the file, which must be synced, its name, durably, or removes it. A file that has come to path meanwhile is
-// not replaced.
-func (p *partial) end(commit bool) error {
-	tmp := p.path + PartialSuffix
-	if !commit {
-		err := p.Close()
-		if errors.Is(err, fs.ErrClosed) {
-			err = nil // closed by a commit that failed
-		}
-		if rm := os.Remove(tmp); !errors.Is(rm, fs.ErrNotExist) { // gone when a commit came that far
-			err = errors.Join(err, rm)
-		}
-		return err
-	}
-	// Closed first, because some systems do not rename an open file.
-	if err := p.Close(); err != nil {
-		return err
-	}
-	err := os.Link(tmp, p.path)
-	switch {
-	case err == nil:
-		err = os.Remove(tmp)
-	case errors.Is(err, fs.ErrExist):
-		return err
-	default: // no hard links here
-		if err = os.Rename(tmp, p.path); err != nil {
-			return err
-		}
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(p.path))
-	}
-	if err != nil { // what is not surely there shall not be there
-		err = errors.Join(err, os.Remove(p.path))
-	}
-	return err
-}
-
-// syncDir makes the names in a directory durable, on systems where that can be asked for.
-func syncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -7,7 +7,12 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+
+	"github.com/holdfast-backup/holdfast/image/internal/partial"
 )
+
+// PartialSuffix is what the name of a file ends in until it is committed.
+const PartialSuffix = partial.Suffix
 
 // hole is the unit in which written zeros become holes, in bytes.
 const hole = 64 << 10
@@ -41,7 +46,7 @@ func (e *Error) Unwrap() error { return e.Err }
 // what is skipped, zeroed or written as zeros is a hole where the file system has holes. After an
 // error of the file the writer takes nothing more and Commit fails.
 type Writer struct {
-	f     *partial
+	f     *partial.File
 	size  int64
 	pos   int64  // first byte that may still be written
 	zeros []byte // never changed
@@ -56,10 +61,10 @@ func Create(path string, size int64) (*Writer, error) {
 	if size < 0 {
 		return nil, &Error{Op: "create", Off: size, Err: ErrSize}
 	}
-	f, err := createPartial(path)
+	f, err := partial.Create(path)
 	if err == nil {
 		if err = f.Truncate(size); err != nil {
-			err = errors.Join(err, f.end(false))
+			err = errors.Join(err, f.End(false))
 		}
 	}
 	if err != nil {
@@ -136,7 +141,7 @@ func (w *Writer) Commit() error {
 	w.done = true
 	err := w.f.Sync()
 	if err == nil {
-		err = w.f.end(true)
+		err = w.f.End(true)
 	}
 	if err != nil {
 		w.err = &Error{Op: "commit", Off: w.pos, Err: err}
@@ -154,7 +159,7 @@ func (w *Writer) Close() error {
 	}
 	f := w.f
 	w.f = nil
-	if err := f.end(false); err != nil {
+	if err := f.End(false); err != nil {
 		return &Error{Op: "close", Err: err}
 	}
 	return nil

@@ -1,4 +1,6 @@
-package raw
+// Package partial makes files that are there complete, under their name, or not at
+// all.
+package partial
 
 import (
 	"errors"
@@ -8,34 +10,34 @@ import (
 	"runtime"
 )
 
-// PartialSuffix is what the name of a file ends in until it is committed.
-const PartialSuffix = ".partial"
+// Suffix is what the name of a file ends in until it is committed.
+const Suffix = ".partial"
 
-// partial is a file that gets its name when it is complete.
-type partial struct {
+// File is a file that gets its name when it is complete.
+type File struct {
 	*os.File
 	path string
 }
 
-// createPartial makes path+PartialSuffix, readable by the owner alone. Neither that nor path may
+// Create makes path+Suffix, readable by the owner alone. Neither that nor path may
 // exist.
-func createPartial(path string) (*partial, error) {
+func Create(path string) (*File, error) {
 	if _, err := os.Lstat(path); err == nil {
 		return nil, &fs.PathError{Op: "create", Path: path, Err: fs.ErrExist}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	f, err := os.OpenFile(path+PartialSuffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path+Suffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	return &partial{File: f, path: path}, nil
+	return &File{File: f, path: path}, nil
 }
 
-// end gives the file, which must be synced, its name, durably, or removes it. A file that has come to path meanwhile is
+// End gives the file, which must be synced, its name, durably, or removes it. A file that has come to path meanwhile is
 // not replaced.
-func (p *partial) end(commit bool) error {
-	tmp := p.path + PartialSuffix
+func (p *File) End(commit bool) error {
+	tmp := p.path + Suffix
 	if !commit {
 		err := p.Close()
 		if errors.Is(err, fs.ErrClosed) {
