@@ -49,7 +49,7 @@ func readFull(r io.ReaderAt, p []byte, off int64) error {
 	if n == len(p) {
 		return nil
 	}
-	if err == nil || err == io.EOF { //nolint:errorlint // a wrapped one is no end of the file
+	if err == nil || err == io.EOF { // bare: a wrapped one is no end of the file
 		return corrupt("the file ends at %d, within a structure", off+int64(n))
 	}
 	return err
