@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 )
 
@@ -19,6 +20,8 @@ type options struct {
 	kopia    string // the peer
 	out      string // the page to write; empty: standard output alone
 	quick    bool   // a quarter of the data, one round: to see that everything runs
+	phase    string // the one phase to run; empty: all
+	match    *regexp.Regexp
 }
 
 func main() {
@@ -28,9 +31,15 @@ func main() {
 	flag.StringVar(&o.kopia, "kopia", "tools/bin/kopia", "the kopia program")
 	flag.StringVar(&o.out, "out", "", "page to write")
 	flag.BoolVar(&o.quick, "quick", false, "a quarter of the data, one round")
+	flag.StringVar(&o.phase, "phase", "", "run only this phase: full, read, incremental, restore or memory; writes no page")
+	match := flag.String("match", "", "run only contenders whose name matches this regular expression")
 	reader := flag.String("read", "", "only read the first disk of this domain to nowhere (a contender of its own)")
 	flag.Parse()
 	var err error
+	if o.match, err = regexp.Compile(*match); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: -match:", err)
+		os.Exit(2)
+	}
 	if *reader != "" {
 		err = readOnly(context.Background(), *reader)
 	} else {
@@ -88,10 +97,19 @@ func bench(o options) (err error) {
 	if r.twin, err = l.domain("twin", twin); err != nil {
 		return err
 	}
-	for _, phase := range []func() error{r.full, r.read, r.incremental, r.restore, r.memory} {
-		if err := phase(); err != nil {
+	for _, phase := range []struct {
+		name string
+		run  func() error
+	}{{"full", r.full}, {"read", r.read}, {"incremental", r.incremental}, {"restore", r.restore}, {"memory", r.memory}} {
+		if o.phase != "" && o.phase != phase.name && (o.phase != "restore" || phase.name != "incremental") {
+			continue // a restore is of what the incremental phase made
+		}
+		if err := phase.run(); err != nil {
 			return err
 		}
+	}
+	if o.phase != "" {
+		return nil
 	}
 	page := r.page()
 	fmt.Print(page)
@@ -123,6 +141,9 @@ func (r *runner) add(name string, s sample) {
 func (r *runner) turns(cs []contender) error {
 	for i := range r.o.rounds {
 		for _, c := range cs {
+			if !r.o.match.MatchString(c.name) {
+				continue
+			}
 			dir := filepath.Join(r.l.dir, fmt.Sprintf("out-%d", i))
 			s, err := c.run(dir)
 			if err != nil {

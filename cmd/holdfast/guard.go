@@ -197,7 +197,8 @@ func (g *thawer) thaw(ctx context.Context, settle time.Duration) string {
 	start := g.p.clock.Now()
 	end := start.Add(guardGiveUp)
 	for {
-		err := g.once(ctx)
+		// An attempt is not broken off: its outcome would be unknown.
+		err := g.once(context.WithoutCancel(ctx))
 		now := g.p.clock.Now()
 		switch {
 		case err == nil && now.Sub(start) >= settle:
