@@ -7,6 +7,7 @@ import (
 )
 
 func main() {
+	tameMemory()
 	p := system()
 	os.Exit(p.run(context.Background(), os.Args[1:]))
 }

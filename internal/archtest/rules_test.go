@@ -57,7 +57,7 @@ func rules() []rule {
 		},
 		{
 			of: []string{"image/..."}, never: []string{"*"},
-			only: []string{"image/...", "internal/extent"},
+			only: []string{"image/...", "internal/extent", "internal/directio"},
 			why:  "disk image formats stand alone, so that simulators and drivers can share them",
 		},
 		{

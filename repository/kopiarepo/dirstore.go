@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/internal/directio"
 	"github.com/holdfast-backup/holdfast/repository"
 )
 
@@ -81,17 +82,19 @@ func tempName(name string) string {
 // writeTemp writes a durable temporary file beside name.
 func (d *dirStore) writeTemp(name string, write func(io.Writer) error) (string, error) {
 	temp := d.path(tempName(name))
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	plain, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = d.mkdirs(path.Dir(name)); err != nil {
 			return "", err
 		}
-		f, err = os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		plain, err = os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	}
 	if err != nil {
 		return "", err
 	}
-	err = write(f)
+	f := directio.New(plain)
+	w := directio.NewWriter(f)
+	err = errors.Join(write(w), w.Flush())
 	if err == nil {
 		err = f.Sync()
 	}

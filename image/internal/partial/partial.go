@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+
+	"github.com/holdfast-backup/holdfast/internal/directio"
 )
 
 // Suffix is what the name of a file ends in until it is committed.
@@ -15,23 +17,8 @@ const Suffix = ".partial"
 
 // File is a file that gets its name when it is complete.
 type File struct {
-	*os.File
-	path  string
-	fresh int64 // bytes written since the system was asked to begin storing them
-}
-
-// writeBehind is how many bytes are written before the system is asked to begin
-// storing them, so that the sync at the end does not have it all to do.
-const writeBehind = 8 << 20
-
-// WriteAt writes to the file, which is stored while more is written.
-func (p *File) WriteAt(b []byte, off int64) (int, error) {
-	n, err := p.File.WriteAt(b, off)
-	if p.fresh += int64(n); p.fresh >= writeBehind {
-		p.fresh = 0
-		beginStoring(p.File)
-	}
-	return n, err
+	*directio.File
+	path string
 }
 
 // Create makes path+Suffix, readable by the owner alone. Neither that nor path may
@@ -46,7 +33,7 @@ func Create(path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &File{File: f, path: path}, nil
+	return &File{File: directio.New(f), path: path}, nil
 }
 
 // End gives the file, which must be synced, its name, durably, or removes it. A file that has come to path meanwhile is
