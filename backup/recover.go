@@ -94,11 +94,7 @@ type recoverer struct {
 
 // adopt takes over the journals of dead runs.
 func (rc *recoverer) adopt() error {
-	if rc.o.StateDir == "" {
-		return nil
-	}
-	dir, jopts := JournalDir(rc.o.StateDir), &journal.Options{Now: rc.o.Clock.Now}
-	entries, err := journal.List(dir, jopts)
+	entries, err := rc.journals()
 	if err != nil {
 		return err
 	}
@@ -106,20 +102,35 @@ func (rc *recoverer) adopt() error {
 		if e.Alive {
 			continue
 		}
-		j, err := journal.Adopt(dir, e.Run, jopts)
-		if errors.Is(err, journal.ErrAlive) {
-			continue
-		}
-		if err != nil {
+		if err := rc.take(e); err != nil {
 			rc.done = append(rc.done, Recovered{Run: e.Run, Kind: "journal", Object: e.Path, Err: err})
-			continue
 		}
-		d := &debtor{run: e.Run, j: j, location: e.Header.Repository}
-		rc.runs = append(rc.runs, d)
-		for _, ob := range j.Open() {
-			rc.debts = append(rc.debts, debt{OpenObligation: ob, run: d, location: e.Header.Repository})
-			d.debts++
-		}
+	}
+	return nil
+}
+
+// journals lists the unfinished runs of this host.
+func (rc *recoverer) journals() ([]journal.Entry, error) {
+	if rc.o.StateDir == "" {
+		return nil, nil
+	}
+	return journal.List(JournalDir(rc.o.StateDir), &journal.Options{Now: rc.o.Clock.Now})
+}
+
+// take takes over one journal, unless its run lives.
+func (rc *recoverer) take(e journal.Entry) error {
+	j, err := journal.Adopt(JournalDir(rc.o.StateDir), e.Run, &journal.Options{Now: rc.o.Clock.Now})
+	if errors.Is(err, journal.ErrAlive) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	d := &debtor{run: e.Run, j: j, location: e.Header.Repository}
+	rc.runs = append(rc.runs, d)
+	for _, ob := range j.Open() {
+		rc.debts = append(rc.debts, debt{OpenObligation: ob, run: d, location: e.Header.Repository})
+		d.debts++
 	}
 	return nil
 }
@@ -138,8 +149,20 @@ func (rc *recoverer) notes(ctx context.Context) error {
 			return err
 		}
 		run := strings.TrimPrefix(n.Name, notePrefix)
-		if slices.ContainsFunc(rc.runs, func(d *debtor) bool { return d.run == run }) || rc.alive(run) {
+		if slices.ContainsFunc(rc.runs, func(d *debtor) bool { return d.run == run }) {
 			continue
+		}
+		entries, err := rc.journals()
+		if err != nil {
+			return err
+		}
+		if i := slices.IndexFunc(entries, func(e journal.Entry) bool { return e.Run == run }); i >= 0 {
+			// A run of this host: it lives, or died since the journals were listed.
+			// The lock of a killed one can outlive it, in a child that it was starting.
+			// Of one that cannot be read, which adopt has told of, the note is left.
+			if entries[i].Alive || rc.take(entries[i]) == nil {
+				continue
+			}
 		}
 		var v note
 		if err := json.Unmarshal(n.Value, &v); err != nil {
@@ -159,15 +182,6 @@ func (rc *recoverer) notes(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// alive reports whether a run of this host holds its journal.
-func (rc *recoverer) alive(run string) bool {
-	if rc.o.StateDir == "" {
-		return false
-	}
-	entries, err := journal.List(JournalDir(rc.o.StateDir), nil)
-	return err == nil && slices.ContainsFunc(entries, func(e journal.Entry) bool { return e.Run == run && e.Alive })
 }
 
 // work closes the debts in the canonical order over all runs: every guest is
