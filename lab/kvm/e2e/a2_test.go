@@ -2,10 +2,11 @@ package e2e
 
 import (
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -29,7 +30,7 @@ func TestA2RunningVM(t *testing.T) {
 	}
 
 	truth := r.truth(vm, "vda", "vdb")
-	full := r.underWrites(vm, "vda", 360*mib, 152*mib, 0x51)
+	full := r.underWrites(vm, "vda", 400*mib, 112*mib, 0x51)
 	require.Equal(t, map[string]string{"vda": "full first", "vdb": "full first"}, full.modes())
 	r.same(full.Point, truth)
 
@@ -46,7 +47,7 @@ func TestA2RunningVM(t *testing.T) {
 	vm.Write("vdb", sizes["vdb"]-1024, 1024, 0xE2)
 	vm.Write("vda", sizes["vda"]-512, 512, 0xE3)
 	truth = r.truth(vm, "vda", "vdb")
-	inc := r.underWrites(vm, "vda", 360*mib, 152*mib, 0x52)
+	inc := r.underWrites(vm, "vda", 400*mib, 112*mib, 0x52)
 	require.Equal(t, map[string]string{"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks"}, inc.modes())
 	r.same(inc.Point, truth)
 	r.same(full.Point, map[string]string{}) // the first point still restores
@@ -101,36 +102,42 @@ func (r *rig) rawOf(domain, disk string) string {
 	return ""
 }
 
-// underWrites backs up while a writer overwrites n bytes from off of a disk, from
-// the moment of the snapshot. At least 100 of the blocks that it overwrites must
-// not have been read before.
+// underWrites backs up while a writer overwrites n bytes from off of a disk, twice:
+// at the moment of the snapshot, when the command is made to stand still, so that
+// none of these blocks was read before, and again while it reads on. Data below off
+// must be more than notRead bytes.
 func (r *rig) underWrites(vm *kvmlab.VM, disk string, off, n int64, pattern byte) *backupLine {
 	r.t.Helper()
+	const notRead = 200 * mib
 	var wg sync.WaitGroup
-	var done atomic.Int64 // bytes of the disk below which all is read
-	var ahead int64       // blocks overwritten ahead of the reader
+	var once sync.Once
+	var read int64
 	var failed error
-	p := r.start(func(_ *proc, e event) {
-		if e.Event == "progress" && e.Disk == disk {
-			done.Store(e.Done)
-		}
+	p := r.start(func(p *proc, e event) {
 		if e.Event != "stage" || e.Stage != "snapshot" || e.State != "exit" {
 			return
 		}
-		wg.Go(func() {
-			const step, flight = 32 * mib, 16 * mib                    // flight: blocks above done that may be read already
-			for at := off + n; at > off && failed == nil; at -= step { // from the end, against the reader
-				begin := max(off, at-step)
-				failed = vm.TryWrite(kvmlab.WriteOp{Disk: disk, Off: begin, Len: at - begin, Pattern: pattern})
-				ahead += max(0, at-max(begin, done.Load()+flight)) / mib
-			}
+		once.Do(func() {
+			failed = p.cmd.Process.Signal(syscall.SIGSTOP)
+			wg.Go(func() {
+				var err error
+				read, err = readBytes(p.cmd.Process.Pid)
+				err = errors.Join(err, vm.TryWrite(kvmlab.WriteOp{Disk: disk, Off: off, Len: n, Pattern: pattern}),
+					p.cmd.Process.Signal(syscall.SIGCONT))
+				for at := off + n; at > off && err == nil; at -= 16 * mib { // against the reader
+					begin := max(off, at-16*mib)
+					err = vm.TryWrite(kvmlab.WriteOp{Disk: disk, Off: begin, Len: at - begin, Pattern: pattern + 0x80})
+				}
+				failed = errors.Join(failed, err)
+			})
 		})
 	}, r.backupArgs(vm.Name)...)
 	o := p.wait()
 	wg.Wait()
 	require.NoError(r.t, failed)
 	require.Zero(r.t, o.code, "%s", o)
-	require.GreaterOrEqual(r.t, ahead, int64(100), "blocks overwritten before they were read")
+	require.Less(r.t, read, int64(notRead), "the command had read less than what lies below the blocks that were overwritten")
+	require.GreaterOrEqual(r.t, n/mib, int64(100), "blocks overwritten before they were read")
 	l := line(r.t, o)
 	require.Equal(r.t, "success", l.Status, "%s", o)
 	return l
@@ -162,14 +169,21 @@ func (r *rig) counted(vm string) (*backupLine, int64) {
 	var chars int64
 	p := r.start(func(p *proc, e event) {
 		if e.Event == "stage" && e.Stage == "transfer" && e.State == "exit" {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", p.cmd.Process.Pid))
-			if err == nil {
-				_, _ = fmt.Sscanf(string(b), "rchar: %d", &chars)
-			}
+			chars, _ = readBytes(p.cmd.Process.Pid) // zero is found below
 		}
 	}, r.backupArgs(vm)...)
 	o := p.wait()
 	require.Zero(r.t, o.code, "%s", o)
 	require.Positive(r.t, chars)
 	return line(r.t, o), chars
+}
+
+// readBytes returns how many bytes a process has read with system calls, from files
+// and sockets.
+func readBytes(pid int) (n int64, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+	if err == nil {
+		_, err = fmt.Sscanf(string(b), "rchar: %d", &n)
+	}
+	return n, err
 }
