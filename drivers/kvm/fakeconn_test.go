@@ -318,8 +318,18 @@ func (f *fakeConn) agent(ctx context.Context, uuid, command string, _ int) (stri
 	return f.agentReply(command)
 }
 
-func (f *fakeConn) monitor(ctx context.Context, uuid, _ string) (string, error) {
-	return "", f.find(ctx, "monitor", uuid)
+// monitor obeys quit, and loses the answer to it, as libvirt does.
+func (f *fakeConn) monitor(ctx context.Context, uuid, command string) (string, error) {
+	if err := f.find(ctx, "monitor", uuid); err != nil {
+		return "", err
+	}
+	if command != `{"execute":"quit"}` {
+		return "", vir(virOperationInvalid, "the fake knows no %s", command)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.state0, f.reason, f.job = stateShutoff, shutoffShutdown, ""
+	return "", vir(virSystemError, "Unable to read from monitor: Connection reset by peer")
 }
 
 func (f *fakeConn) networkExists(ctx context.Context, name string) (bool, error) {

@@ -363,18 +363,12 @@ func TestLiveClassification(t *testing.T) {
 func TestLiveOfflineLevelSurvivesBackups(t *testing.T) {
 	l := newLab(t)
 	vm := l.twoDisks(kvmlab.Paused)
-	// A clean end, as libvirt sees it. If QEMU is gone before libvirt has its answer,
-	// libvirt calls that the end of a destroyed domain: then once more.
-	for try := 0; ; try++ {
-		require.Less(t, try, 60, "libvirt never saw a clean end")
-		_, err := l.d.conn.monitor(l.ctx, vm.UUID(), `{"execute":"quit"}`)
-		require.NoError(t, l.d.waitState(l.ctx, vm.UUID(), func(s int) bool { return !active(s) }))
-		if err == nil {
-			break
-		}
-		vm.Start(kvmlab.Paused)
+	// A clean end, as libvirt sees it. Its answer is lost more often than not.
+	if _, err := l.d.conn.monitor(l.ctx, vm.UUID(), `{"execute":"quit"}`); err != nil {
+		require.Equal(t, virSystemError, virCode(err), "%v", err)
 	}
-	for range 2 {
+	require.NoError(t, l.d.waitState(l.ctx, vm.UUID(), func(s int) bool { return !active(s) }))
+	for range 4 {
 		s := l.snap(vm, &hypervisor.SnapshotOptions{MinConsistency: hypervisor.FilesystemConsistent})
 		require.Equal(t, hypervisor.ApplicationConsistent, s.Consistency().Level)
 		require.Equal(t, "offline", s.Consistency().Means)
