@@ -111,17 +111,21 @@ func TestOfflineStartIsUndoneWhenTheJobFails(t *testing.T) {
 // TestCleanEndIsKept: the end of a domain that had shut down is no destruction, even
 // if the answer to quit is lost.
 func TestCleanEndIsKept(t *testing.T) {
-	f := newFakeConn(fakeDomain)
-	f.state0, f.reason = stateShutoff, shutoffShutdown
-	d := fakeDriver(t, f)
-	for range 2 {
-		s, err := d.CreateSnapshot(t.Context(), vmID, nil)
-		require.NoError(t, err)
-		require.Equal(t, hypervisor.ApplicationConsistent, s.Consistency().Level)
-		require.NoError(t, s.Release(t.Context(), nil))
+	for name, old := range map[string]bool{"reset": false, "quit": true} {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeConn(fakeDomain)
+			f.state0, f.reason, f.oldQEMU = stateShutoff, shutoffShutdown, old
+			d := fakeDriver(t, f)
+			for range 2 {
+				s, err := d.CreateSnapshot(t.Context(), vmID, nil)
+				require.NoError(t, err)
+				require.Equal(t, hypervisor.ApplicationConsistent, s.Consistency().Level)
+				require.NoError(t, s.Release(t.Context(), nil))
+			}
+			require.Zero(t, f.called("destroy"))
+			require.Equal(t, old, f.called(`monitor {"execute":"quit"}`) > 0)
+		})
 	}
-	require.Zero(t, f.called("destroy"))
-	require.Equal(t, 2, f.called("monitor"))
 }
 
 // TestStartedDomainInUseIsLeft: somebody resumed the domain that we started.

@@ -18,16 +18,17 @@ const testUUID = "6f9b1a1e-5d5e-4a4c-9d6a-0123456789ab"
 // produces too seldom. fail is asked before every call, by the call's name, and
 // may also block.
 type fakeConn struct {
-	mu     sync.Mutex
-	fail   func(ctx context.Context, call string) error
-	calls  []string
-	xml    string
-	state0 int
-	reason int
-	job    string // backup XML of the job that runs
-	cps    map[string]string
-	meta   map[uint32]string
-	starts int
+	mu      sync.Mutex
+	oldQEMU bool // knows no set-action
+	fail    func(ctx context.Context, call string) error
+	calls   []string
+	xml     string
+	state0  int
+	reason  int
+	job     string // backup XML of the job that runs
+	cps     map[string]string
+	meta    map[uint32]string
+	starts  int
 
 	// begin, if set, judges a job before it begins.
 	begin func(job *backupJob, cp string) error
@@ -318,18 +319,28 @@ func (f *fakeConn) agent(ctx context.Context, uuid, command string, _ int) (stri
 	return f.agentReply(command)
 }
 
-// monitor obeys quit, and loses the answer to it, as libvirt does.
+// monitor ends the domain on system_reset; on quit too, but then the answer is lost,
+// as QEMU and libvirt have it. Without setAction it is a QEMU older than 6.0.
 func (f *fakeConn) monitor(ctx context.Context, uuid, command string) (string, error) {
-	if err := f.find(ctx, "monitor", uuid); err != nil {
+	if err := f.find(ctx, "monitor "+command, uuid); err != nil {
 		return "", err
-	}
-	if command != `{"execute":"quit"}` {
-		return "", vir(virOperationInvalid, "the fake knows no %s", command)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.state0, f.reason, f.job = stateShutoff, shutoffShutdown, ""
-	return "", vir(virSystemError, "Unable to read from monitor: Connection reset by peer")
+	switch command {
+	case `{"execute":"set-action","arguments":{"reboot":"shutdown"}}`:
+		if f.oldQEMU {
+			return "", vir(virInternal, "unable to execute QEMU command: The command set-action has not been found")
+		}
+	case `{"execute":"system_reset"}`:
+		f.state0, f.reason, f.job = stateShutoff, shutoffShutdown, ""
+	case `{"execute":"quit"}`:
+		f.state0, f.reason, f.job = stateShutoff, shutoffShutdown, ""
+		return "", vir(virSystemError, "Unable to read from monitor: Connection reset by peer")
+	default:
+		return "", vir(virOperationInvalid, "the fake knows no %s", command)
+	}
+	return "{}", nil
 }
 
 func (f *fakeConn) networkExists(ctx context.Context, name string) (bool, error) {

@@ -363,11 +363,7 @@ func TestLiveClassification(t *testing.T) {
 func TestLiveOfflineLevelSurvivesBackups(t *testing.T) {
 	l := newLab(t)
 	vm := l.twoDisks(kvmlab.Paused)
-	// A clean end, as libvirt sees it. Its answer is lost more often than not.
-	if _, err := l.d.conn.monitor(l.ctx, vm.UUID(), `{"execute":"quit"}`); err != nil {
-		require.Equal(t, virSystemError, virCode(err), "%v", err)
-	}
-	require.NoError(t, l.d.waitState(l.ctx, vm.UUID(), func(s int) bool { return !active(s) }))
+	require.True(t, l.d.shutDown1(l.ctx, vm.UUID())) // a clean end, as libvirt sees it
 	for range 4 {
 		s := l.snap(vm, &hypervisor.SnapshotOptions{MinConsistency: hypervisor.FilesystemConsistent})
 		require.Equal(t, hypervisor.ApplicationConsistent, s.Consistency().Level)

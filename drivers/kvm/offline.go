@@ -65,31 +65,51 @@ func (d *Driver) stopStarted(ctx context.Context, uuid, run string, clean bool) 
 	})
 }
 
-// quitTime is how long QEMU may take to end by itself before it is destroyed.
-const quitTime = 10 * time.Second
+// endTime is how long QEMU may take to end by itself before it is destroyed.
+const endTime = 10 * time.Second
 
-// stop1 ends QEMU. A guest that had shut down cleanly is still one afterwards:
-// QEMU is asked to quit, which libvirt records as a shutdown, not as destroyed,
-// so that the next backup knows it too. The answer to quit tells nothing: QEMU
-// mostly closes its monitor before libvirt has read it, and libvirt (9.0) then
-// reports a reset connection for a command that was obeyed. To destroy the domain
-// at that moment would overtake the record of its clean end.
+// endCleanly are the monitor commands that end QEMU so that libvirt records a
+// shutdown. A reset that is to end in a shutdown (QEMU 6.0 or later) leaves QEMU
+// standing, libvirt being the one to end it once it has seen the event. After quit
+// QEMU closes its monitor at once, with the end of the command line unread: what
+// libvirt (9.0) has not yet read of the answer and the event is lost with it, and it
+// may call the domain crashed.
+var endCleanly = [][]string{
+	{`{"execute":"set-action","arguments":{"reboot":"shutdown"}}`, `{"execute":"system_reset"}`},
+	{`{"execute":"quit"}`},
+}
+
+// stop1 ends QEMU. A guest that had shut down cleanly is still one afterwards: the
+// reason that libvirt keeps is the one of a shutdown, not of a destroyed domain, so
+// that the next backup knows it too.
 func (d *Driver) stop1(ctx context.Context, uuid string, clean bool) error {
-	if clean {
-		_, qerr := d.conn.monitor(ctx, uuid, `{"execute":"quit"}`)
-		wctx, cancel := context.WithTimeout(ctx, quitTime)
-		defer cancel()
-		if qerr == nil || virCode(qerr) == virSystemError {
-			if d.waitState(wctx, uuid, func(s int) bool { return !active(s) }) == nil {
-				return nil
-			}
-		}
+	if clean && d.shutDown1(ctx, uuid) {
+		return nil
 	}
 	err := d.conn.destroy(ctx, uuid)
 	if virCode(err) == virOperationInvalid || errors.Is(err, hypervisor.ErrNotFound) {
 		return nil // it does not run
 	}
 	return err
+}
+
+// shutDown1 reports whether QEMU ended after it was told to.
+func (d *Driver) shutDown1(ctx context.Context, uuid string) bool {
+	for _, commands := range endCleanly {
+		var err error
+		for _, c := range commands {
+			if err == nil {
+				_, err = d.conn.monitor(ctx, uuid, c)
+			}
+		}
+		// The loss of an answer (a system error) is none of the command.
+		if err == nil || virCode(err) == virSystemError {
+			wctx, cancel := context.WithTimeout(ctx, endTime)
+			defer cancel()
+			return d.waitState(wctx, uuid, func(s int) bool { return !active(s) }) == nil
+		}
+	}
+	return false
 }
 
 // pollPause is the pause between looks at a state that libvirt is bringing about.
