@@ -19,7 +19,7 @@ const testUUID = "6f9b1a1e-5d5e-4a4c-9d6a-0123456789ab"
 // may also block.
 type fakeConn struct {
 	mu      sync.Mutex
-	oldQEMU bool // knows no set-action
+	oldQEMU bool // older than 6.0: knows no set-action
 	fail    func(ctx context.Context, call string) error
 	calls   []string
 	xml     string
@@ -320,7 +320,7 @@ func (f *fakeConn) agent(ctx context.Context, uuid, command string, _ int) (stri
 }
 
 // monitor ends the domain on system_reset; on quit too, but then the answer is lost,
-// as QEMU and libvirt have it. Without setAction it is a QEMU older than 6.0.
+// as QEMU and libvirt have it.
 func (f *fakeConn) monitor(ctx context.Context, uuid, command string) (string, error) {
 	if err := f.find(ctx, "monitor "+command, uuid); err != nil {
 		return "", err
