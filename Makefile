@@ -10,7 +10,7 @@ exists = $(foreach d,$(1),$(if $(wildcard $(d)/.),./$(d)/...))
 RACE_PKGS = $(call exists,hypervisor repository fakes nbd internal backup restore)
 LAB_PKGS = $(call exists,drivers/kvm lab cmd)
 
-.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants faults bench nightly
+.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants faults bench nightly reliability
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,7 +61,10 @@ faults: ## fail every call once
 bench: ## compare with peers on one running disk
 	@$(call script,bench)
 
-nightly: ## the long campaigns
-	@$(call script,nightly)
+nightly: ## the long campaigns; SHARD=i/n does one part, ONLY="a b" some of them
+	@$(if $(SHARD),export HOLDFAST_SHARD=$(SHARD);) bash .ci/nightly $(ONLY)
+
+reliability: ## write docs/reliability.md from what the campaigns recorded
+	$(GO) run ./internal/tally/page
 
 script = if [ -f .ci/$(1) ]; then exec bash .ci/$(1); else echo "make $(1): not there yet (no .ci/$(1))" >&2; exit 1; fi
