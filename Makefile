@@ -10,7 +10,7 @@ exists = $(foreach d,$(1),$(if $(wildcard $(d)/.),./$(d)/...))
 RACE_PKGS = $(call exists,hypervisor repository fakes nbd internal backup restore)
 LAB_PKGS = $(call exists,drivers/kvm lab cmd)
 
-.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants faults bench nightly reliability
+.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants planted faults bench nightly reliability
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ tools/bin/kopia: tools/go.mod tools/go.sum
 # needs it. A target without a script fails: it must not look as if it had run.
 mutants: ## kill the planted mutants; prints the table
 	@$(call script,mutants)
+
+planted: ## plant bugs of the past; each must be found; writes docs/planted.md
+	@$(call script,planted)
 
 faults: ## fail every call once
 	@$(call script,faults)
