@@ -3,6 +3,7 @@ package backup_test
 import (
 	"context"
 	"io"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -22,16 +23,20 @@ func TestDeathAfterCommitCostsNoFullRead(t *testing.T) {
 			r := newRig(t, fakes.Options{}, fakes.VMConfig{})
 			r.mustRun(nil)
 			r.scribble()
-			plain, dead := r.hv, false
+			plain := r.hv
+			var dead atomic.Bool // calls are made by several goroutines
 			r.hv = fakes.WithFaults(plain, fakes.InjectorFunc(func(c fakes.Call) fakes.Fault {
-				if dead = dead || c.Op == fakes.OpRelease; dead {
+				if c.Op == fakes.OpRelease {
+					dead.Store(true)
+				}
+				if dead.Load() {
 					return fakes.Fault{Err: errBroken}
 				}
 				return fakes.Fault{}
 			}))
 			res := r.mustRun(nil)
 			r.hv = plain
-			require.True(t, dead)
+			require.True(t, dead.Load())
 			require.Equal(t, backup.Degraded, res.Status(), "the snapshot is still there")
 			if recovers {
 				for _, d := range r.recover() {
