@@ -3,6 +3,8 @@ package backup_test
 import (
 	"context"
 	"io"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -92,4 +94,44 @@ func TestAttachmentThatEndsEarlyIsNoBackup(t *testing.T) {
 		require.NoError(t, err)
 		require.Fail(t, "a point of half an attachment", "%v", p)
 	}
+}
+
+// TestStaleOwnerForgetsNoBaseline: a run that hangs after its release loses its lease
+// to another host, which commits. When it goes on it leaves the baseline of the
+// other alone, says so, and recover closes what it owes.
+func TestStaleOwnerForgetsNoBaseline(t *testing.T) {
+	r := newRig(t, fakes.Options{}, fakes.VMConfig{})
+	r.mustRun(nil)
+	r.scribble()
+	plain := r.hv
+	var once sync.Once
+	var other *backup.Result
+	var failed error
+	r.hv = fakes.WithFaults(plain, fakes.InjectorFunc(func(c fakes.Call) fakes.Fault {
+		if c.Op != fakes.OpRelease {
+			return fakes.Fault{}
+		}
+		return fakes.Fault{After: true, Do: func() {
+			once.Do(func() {
+				r.scribble()
+				o := r.options()
+				o.StateDir, o.Takeover = t.TempDir(), func(string) bool { return true }
+				other, failed = backup.Run(t.Context(), plain, r.repo, r.vm, o)
+			})
+		}}
+	}))
+	res := r.mustRun(nil)
+	r.hv = plain
+	require.NoError(t, failed)
+	require.Equal(t, backup.Success, other.Status())
+	require.Equal(t, backup.Degraded, res.Status())
+	require.Contains(t, strings.Join(res.Degraded, "\n"), repository.ErrFenced.Error())
+	for _, d := range r.recover() {
+		require.NoError(t, d.Err)
+	}
+	r.scribble()
+	res = r.mustRun(nil)
+	require.Equal(t, map[hypervisor.DiskID]string{
+		"vda": "incremental changed-blocks", "vdb": "incremental changed-blocks",
+	}, modes(res))
 }

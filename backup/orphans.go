@@ -82,8 +82,15 @@ func allDisks(snap hypervisor.Snapshot) []hypervisor.DiskID {
 	return out
 }
 
-// forgetBaselines removes the baselines of a VM that match.
-func forgetBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, match func(hypervisor.Baseline) bool) error {
+// fence fails when the lease under which something is removed was lost: whoever
+// has it now may have declared what is to go.
+type fence func(context.Context) error
+
+// unfenced is for what is our own by its name, whoever has the lease.
+func unfenced(context.Context) error { return nil }
+
+// forgetBaselines removes the baselines of a VM that match, each behind the fence.
+func forgetBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, fence fence, match func(hypervisor.Baseline) bool) error {
 	if !hv.Info().Capabilities.Baselines {
 		return nil
 	}
@@ -100,6 +107,9 @@ func forgetBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hyperviso
 		}
 	}
 	for _, b := range old {
+		if err := fence(ctx); err != nil {
+			return fmt.Errorf("baseline %s is left alone: %w", b.Name, err)
+		}
 		if err := hv.ForgetBaseline(ctx, b); err != nil && !errors.Is(err, hypervisor.ErrNotFound) {
 			return err
 		}
@@ -109,8 +119,8 @@ func forgetBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hyperviso
 
 // forgetOthers removes all baselines of a repository but the declared ones: those
 // that its newest point stands on.
-func forgetOthers(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, repo8 string, declared map[hypervisor.DiskID]hypervisor.Baseline) error {
-	return forgetBaselines(ctx, hv, vm, func(b hypervisor.Baseline) bool {
+func forgetOthers(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, fence fence, repo8 string, declared map[hypervisor.DiskID]hypervisor.Baseline) error {
+	return forgetBaselines(ctx, hv, vm, fence, func(b hypervisor.Baseline) bool {
 		return ofRepo(b.Name, repo8) && declared[b.Disk].Name != b.Name
 	})
 }
@@ -120,7 +130,7 @@ func forgetOthers(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.V
 // reads everything. It returns how many baselines there were.
 func ReleaseBaselines(ctx context.Context, hv hypervisor.Hypervisor, vm hypervisor.VMID, repo8 string) (int, error) {
 	n := 0
-	err := forgetBaselines(ctx, hv, vm, func(b hypervisor.Baseline) bool {
+	err := forgetBaselines(ctx, hv, vm, unfenced, func(b hypervisor.Baseline) bool {
 		ours := hypervisor.IsOurs(b.Name) && (repo8 == "" || ofRepo(b.Name, repo8))
 		if ours {
 			n++

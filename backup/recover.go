@@ -220,7 +220,7 @@ func (rc *recoverer) pay(ctx context.Context, d debt) error {
 		}
 		return err
 	case journal.Snapshot:
-		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository) error {
+		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository, _ fence) error {
 			keep, err := committed(ctx, repo, d.run.run)
 			if err != nil {
 				return err
@@ -228,8 +228,8 @@ func (rc *recoverer) pay(ctx context.Context, d debt) error {
 			return releaseNamed(ctx, hv, vm, d.Object, keep)
 		})
 	case journal.Baseline:
-		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository) error {
-			return reconcile(ctx, hv, repo, vm, d.Data["chain"])
+		return rc.leased(ctx, d, func(ctx context.Context, repo repository.Repository, fence fence) error {
+			return reconcile(ctx, hv, repo, vm, fence, d.Data["chain"])
 		})
 	case journal.IncompleteVM:
 		return deleteIncomplete(ctx, hv, d.Object)
@@ -238,7 +238,7 @@ func (rc *recoverer) pay(ctx context.Context, d debt) error {
 }
 
 // leased does something under the lease of the VM's chain.
-func (rc *recoverer) leased(ctx context.Context, d debt, do func(context.Context, repository.Repository) error) (err error) {
+func (rc *recoverer) leased(ctx context.Context, d debt, do func(context.Context, repository.Repository, fence) error) (err error) {
 	repo, err := rc.repo(ctx, d.location)
 	if err != nil {
 		return err
@@ -254,7 +254,7 @@ func (rc *recoverer) leased(ctx context.Context, d debt, do func(context.Context
 		defer cancel()
 		err = errors.Join(err, l.Release(rctx))
 	}()
-	return do(work, repo)
+	return do(work, repo, l.Check)
 }
 
 func committed(ctx context.Context, repo repository.Repository, run string) (bool, error) {
@@ -271,7 +271,7 @@ func committed(ctx context.Context, repo repository.Repository, run string) (boo
 
 // reconcile forgets the baselines of a repository that its newest point of the
 // chain does not stand on.
-func reconcile(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Repository, vm hypervisor.VMID, chain string) error {
+func reconcile(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Repository, vm hypervisor.VMID, fence fence, chain string) error {
 	p := &Plan{Chain: chain, VM: VMRef{ID: vm, Name: string(vm)}}
 	pt, err := newest(ctx, repo, p)
 	if err != nil {
@@ -289,7 +289,7 @@ func reconcile(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Re
 			}
 		}
 	}
-	return forgetOthers(ctx, hv, vm, repo.Info().Repo8(), declared)
+	return forgetOthers(ctx, hv, vm, fence, repo.Info().Repo8(), declared)
 }
 
 // deleteIncomplete removes a VM that a restore began and did not finish.

@@ -58,9 +58,9 @@ func (r *run) giveBack(ctx context.Context, keep bool) error {
 	}
 	var err error
 	if r.committed {
-		err = forgetOthers(ctx, r.hv, r.vm.ID, r.repo.Info().Repo8(), r.baselines)
+		err = forgetOthers(ctx, r.hv, r.vm.ID, r.lease.Check, r.repo.Info().Repo8(), r.baselines)
 	} else {
-		err = forgetBaselines(ctx, r.hv, r.vm.ID, func(b hypervisor.Baseline) bool { return b.Name == r.name })
+		err = forgetBaselines(ctx, r.hv, r.vm.ID, unfenced, func(b hypervisor.Baseline) bool { return b.Name == r.name })
 	}
 	if err != nil {
 		return err

@@ -3,8 +3,10 @@
 package e2e
 
 import (
+	"errors"
 	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -232,12 +234,14 @@ func TestA3ScratchFilled(t *testing.T) {
 	var failed error
 	var lowest int64
 	args := []string{"backup", "--from", r.lab.URI, "--repo", r.repo, "--scratch-dir", fs.Dir, "--json", "--events", vm.Name}
-	p := r.start(func(_ *proc, e event) {
+	p := r.start(func(p *proc, e event) {
 		if e.Event != "stage" || e.Stage != "snapshot" || e.State != "exit" {
 			return
 		}
 		once.Do(func() {
-			failed = fs.TryFill(24 * mib)
+			// The command waits, so that filling does not race with its end.
+			failed = errors.Join(p.cmd.Process.Signal(syscall.SIGSTOP),
+				fs.TryFill(24*mib), p.cmd.Process.Signal(syscall.SIGCONT))
 			wg.Go(func() {
 				for i := range int64(20) {
 					op := kvmlab.WriteOp{Disk: "vda", Off: 400*mib + i*mib, Len: 65536, Pattern: byte(i + 1)}

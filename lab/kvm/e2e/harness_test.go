@@ -43,6 +43,9 @@ var build = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if text := os.Getenv(envOrder); text != "" {
+		os.Exit(obey(text))
+	}
 	code := m.Run()
 	if bin, err := build(); err == nil && os.Getenv(kvmlab.EnvURL) != "" {
 		_ = os.RemoveAll(filepath.Dir(bin))
@@ -54,6 +57,7 @@ func TestMain(m *testing.M) {
 type rig struct {
 	t     *testing.T
 	lab   *kvmlab.Lab
+	seed  uint64
 	rnd   *rand.Rand
 	bin   string
 	repo  string
@@ -76,10 +80,10 @@ func newRig(t *testing.T) *rig {
 		}
 	})
 	r := &rig{
-		t: t, lab: lab, bin: bin, rnd: rand.New(rand.NewPCG(seed, 2)),
+		t: t, lab: lab, bin: bin, seed: seed, rnd: rand.New(rand.NewPCG(seed, 2)),
 		repo: filepath.Join(lab.Dir, "repo"), state: filepath.Join(lab.Dir, "state"),
 	}
-	r.env = append(os.Environ(), "HOLDFAST_REPO_PASSWORD=correct horse battery staple", "HOLDFAST_STATE_DIR="+r.state, "HOME="+lab.Dir)
+	r.env = append(os.Environ(), "HOLDFAST_REPO_PASSWORD="+password, "HOLDFAST_STATE_DIR="+r.state, "HOME="+lab.Dir)
 	return r
 }
 
