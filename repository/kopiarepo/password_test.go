@@ -146,6 +146,14 @@ func TestPasswordChange(t *testing.T) {
 	_, err = kopiarepo.Open(ctx, config(dir))
 	require.ErrorIs(t, err, repository.ErrPassword)
 
+	// A copy of the old password is noticed without reading packs, and renewed.
+	const oldCopy = "holdfast-2/copies/kopia.repository"
+	require.NoError(t, os.WriteFile(filepath.Join(dir, oldCopy), []byte(before[oldCopy]), 0o600))
+	records, err := r.Verify(ctx, nil)
+	require.NoError(t, err)
+	require.Len(t, records.Damages, 1, "verify saw nothing")
+	require.True(t, records.Damages[0].Object == oldCopy && records.Damages[0].Repairable, records.Damages)
+
 	// The same handle works on.
 	next := m.clone()
 	next.zero(3)
