@@ -10,7 +10,8 @@ exists = $(foreach d,$(1),$(if $(wildcard $(d)/.),./$(d)/...))
 RACE_PKGS = $(call exists,hypervisor repository fakes nbd internal backup restore)
 LAB_PKGS = $(call exists,drivers/kvm lab cmd)
 
-.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants planted faults bench nightly reliability
+.PHONY: help test race lint ci lab-up lab-down lab-test tools kopia mutants planted faults bench nightly reliability \
+	sbom reproducible vulncheck
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,5 +70,14 @@ nightly: ## the long campaigns; SHARD=i/n does one part, ONLY="a b" some of them
 
 reliability: ## write docs/reliability.md from what the campaigns recorded
 	$(GO) run ./internal/tally/page
+
+sbom: ## write the software bill of materials, holdfast.cdx.json
+	GO="$(GO)" bash .ci/sbom.sh
+
+reproducible: ## build twice in different places and compare
+	GO="$(GO)" bash .ci/reproducible
+
+vulncheck: ## look for known vulnerabilities; fails if that cannot be checked
+	GO="$(GO)" bash .ci/vulncheck
 
 script = if [ -f .ci/$(1) ]; then exec bash .ci/$(1); else echo "make $(1): not there yet (no .ci/$(1))" >&2; exit 1; fi

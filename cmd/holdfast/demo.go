@@ -162,7 +162,7 @@ func (d *demo) build(ctx context.Context, seed uint64) error {
 		return err
 	}
 	where := filepath.Join(d.dir, "repository")
-	d.repo, err = d.p.connect.Repository(ctx, connect.RepositoryConfig{Location: where, Password: connect.Secret(hex.EncodeToString(pw[:])), Create: true})
+	d.repo, err = d.p.connect.Repository(ctx, connect.RepositoryConfig{Location: where, Password: connect.NewSecret(hex.EncodeToString(pw[:])), Create: true})
 	if err != nil {
 		return err
 	}

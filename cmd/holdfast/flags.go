@@ -90,17 +90,17 @@ func (p *program) repoPassword(f *repositoryFlags, dir string, create bool) (con
 	const what = "password of the repository"
 	s, err := p.secret(what, f.passwordFile, "repo-password-file", "HOLDFAST_REPO_PASSWORD")
 	if err != nil {
-		return "", err
+		return connect.Secret{}, err
 	}
 	if create && f.passwordFile == "" && p.env("HOLDFAST_REPO_PASSWORD") == "" {
 		// It was typed. A slip in the password of a new repository would lose it.
 		if empty, err := connect.Empty(dir); err == nil && empty {
 			again, err := p.prompt("the same again, for the new repository")
 			if err != nil {
-				return "", err
+				return connect.Secret{}, err
 			}
-			if again != string(s) {
-				return "", usage("", errors.New("the two passwords are not the same"))
+			if !connect.NewSecret(again).Equal(s) {
+				return connect.Secret{}, usage("", errors.New("the two passwords are not the same"))
 			}
 		}
 	}
@@ -118,15 +118,15 @@ func (p *program) secret(what, file, flag, variable string) (connect.Secret, err
 	case file != "":
 		f, err := os.Open(file)
 		if err != nil {
-			return "", fmt.Errorf("%s: %w", what, err)
+			return connect.Secret{}, fmt.Errorf("%s: %w", what, err)
 		}
 		defer f.Close() //nolint:errcheck // only read
 		b, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
 		if err != nil {
-			return "", fmt.Errorf("%s: %w", what, err)
+			return connect.Secret{}, fmt.Errorf("%s: %w", what, err)
 		}
 		if len(b) > maxSecret {
-			return "", fmt.Errorf("%s: %s is too large to be a password", what, file)
+			return connect.Secret{}, fmt.Errorf("%s: %s is too large to be a password", what, file)
 		}
 		s = strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
 	case env != "":
@@ -135,16 +135,16 @@ func (p *program) secret(what, file, flag, variable string) (connect.Secret, err
 		var err error
 		s, err = p.prompt(what)
 		if errors.Is(err, errNoTerminal) {
-			return "", usage("give --"+flag+" FILE, or set "+variable, fmt.Errorf("the %s is needed", what))
+			return connect.Secret{}, usage("give --"+flag+" FILE, or set "+variable, fmt.Errorf("the %s is needed", what))
 		}
 		if err != nil {
-			return "", fmt.Errorf("%s: %w", what, err)
+			return connect.Secret{}, fmt.Errorf("%s: %w", what, err)
 		}
 	}
 	if s == "" {
-		return "", usage("give --"+flag+" FILE, or set "+variable, fmt.Errorf("the %s is empty", what))
+		return connect.Secret{}, usage("give --"+flag+" FILE, or set "+variable, fmt.Errorf("the %s is empty", what))
 	}
-	return connect.Secret(s), nil
+	return connect.NewSecret(s), nil
 }
 
 // stateDir is where journals and leases of this host lie.

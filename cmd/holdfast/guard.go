@@ -138,7 +138,7 @@ func (p *program) armGuard(ctx context.Context, in *bufio.Reader, from *hypervis
 		return nil, fmt.Errorf("the parent of the guard said something else: %w", err)
 	}
 	g := &thawer{p: p, vm: vm, cfg: from.config(p)}
-	g.cfg.Password = func(context.Context) (connect.Secret, error) { return connect.Secret(hello.Password), nil }
+	g.cfg.Password = func(context.Context) (connect.Secret, error) { return connect.NewSecret(hello.Password), nil }
 	if g.lock, err = p.guardLock(ctx, from.url, vm); err != nil {
 		return nil, err
 	}

@@ -90,7 +90,7 @@ func withoutSecrets(env []string) []string {
 	out := env[:0]
 	for _, e := range env {
 		name, _, _ := strings.Cut(e, "=")
-		if name != "HOLDFAST_PASSWORD" && name != "HOLDFAST_REPO_PASSWORD" {
+		if !strings.HasPrefix(name, "HOLDFAST_") || !strings.HasSuffix(name, "PASSWORD") {
 			out = append(out, e)
 		}
 	}
@@ -123,7 +123,7 @@ func (c *guardChild) hello(ctx context.Context, from connect.HypervisorConfig) e
 		if err != nil {
 			return err
 		}
-		h.Password = string(pw)
+		h.Password = pw.Reveal()
 	}
 	b, err := json.Marshal(h)
 	if err != nil {

@@ -33,6 +33,7 @@ type rig struct {
 	rnd     *rand.Rand
 	world   *fakes.World
 	wrap    func(hypervisor.Hypervisor) hypervisor.Hypervisor
+	login   func(ctx context.Context, cfg connect.HypervisorConfig) error
 	real    bool // repositories are real ones
 	dir     string
 	env     map[string]string
@@ -110,6 +111,11 @@ func (r *rig) repo() string { return filepath.Join(r.dir, "store") }
 func (r *rig) Hypervisor(ctx context.Context, cfg connect.HypervisorConfig) (hypervisor.Hypervisor, error) {
 	if cfg.URL != testURL {
 		return connect.Hypervisor(ctx, cfg)
+	}
+	if r.login != nil {
+		if err := r.login(ctx, cfg); err != nil {
+			return nil, err
+		}
 	}
 	var hv hypervisor.Hypervisor = r.world.Connect()
 	if r.wrap != nil {

@@ -57,7 +57,7 @@ func (p *program) root() *cobra.Command {
 	pf.SortFlags = false
 	for _, c := range []*cobra.Command{
 		p.demoCommand(), p.vmsCommand(), p.planCommand(), p.backupCommand(), p.pointsCommand(), p.restoreCommand(),
-		p.verifyCommand(), p.pruneCommand(), p.recoverCommand(), p.repairCommand(), p.releaseCommand(),
+		p.verifyCommand(), p.pruneCommand(), p.recoverCommand(), p.repairCommand(), p.passwordCommand(), p.releaseCommand(),
 		p.guardCommand(), p.versionCommand(),
 	} {
 		c.Flags().SortFlags = false

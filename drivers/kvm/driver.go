@@ -48,6 +48,9 @@ func Open(ctx context.Context, cfg Config) (*Driver, error) {
 	if err != nil {
 		return fail("libvirt URIs look like qemu:///system or qemu+ssh://host/system", err)
 	}
+	if off := ep.unverified(); off != "" {
+		cfg.Logger.Warn("the identity of the libvirt host is not verified, as its URI asks", "uri", ep.public(), "parameter", off)
+	}
 	c, err := openConn(ctx, ep, cfg.Dialer)
 	if err != nil {
 		return fail(openHint(ep, err), fmt.Errorf("%s: %w", ep.public(), err))

@@ -1,6 +1,7 @@
 package kvm
 
 import (
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -22,6 +23,9 @@ type endpoint struct {
 func parseURI(s string) (*endpoint, error) {
 	u, err := url.Parse(s)
 	if err != nil {
+		if strings.Contains(s, "@") {
+			err = errors.New("it cannot be parsed") // its text, or the reason, may hold a part of a password
+		}
 		return nil, fmt.Errorf("libvirt URI: %w", err)
 	}
 	driver, transport, explicit := strings.Cut(u.Scheme, "+")
@@ -70,6 +74,19 @@ func (e *endpoint) sockets() []string {
 		dir = path.Join("/run/user", strconv.Itoa(os.Getuid()), "libvirt")
 	}
 	return []string{path.Join(dir, "libvirt-sock"), path.Join(dir, "virtqemud-sock")}
+}
+
+// unverified names the parameter that turns the check of the daemon's certificate
+// or host key off; empty: it is checked.
+func (e *endpoint) unverified() string {
+	q := e.url.Query()
+	if v := q.Get("no_verify"); v != "" && v != "0" {
+		return "no_verify"
+	}
+	if q.Get("known_hosts_verify") == "ignore" {
+		return "known_hosts_verify"
+	}
+	return ""
 }
 
 // public is the URI without secrets.

@@ -15,25 +15,8 @@ import (
 	"github.com/kopia/kopia/repo/compression"
 
 	"github.com/holdfast-backup/holdfast/repository"
+	"github.com/holdfast-backup/holdfast/secret"
 )
-
-// Secret is a password. It does not print.
-type Secret string
-
-// String hides the secret.
-func (Secret) String() string { return "[secret]" }
-
-// GoString hides the secret.
-func (Secret) GoString() string { return "[secret]" }
-
-// Format hides the secret from every verb.
-func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[secret]") }
-
-// LogValue hides the secret in logs.
-func (Secret) LogValue() slog.Value { return slog.StringValue("[secret]") }
-
-// MarshalText hides the secret in documents.
-func (Secret) MarshalText() ([]byte, error) { return []byte("[secret]"), nil }
 
 // Config says where a repository is and how to work with it. Dir and Password
 // are mandatory; everything else has a safe zero value.
@@ -42,10 +25,8 @@ type Config struct {
 	// refused with errors.ErrUnsupported.
 	Dir string
 	// Password opens both our key slots and kopia, verbatim.
-	Password Secret
+	Password secret.Secret
 
-	// CacheDir keeps kopia's content indexes memory-mapped; empty: on the heap.
-	CacheDir string
 	// AnchorFile remembers, on the client's side, the newest record of each chain,
 	// so that a repository that was rolled back as a whole is found out. Empty:
 	// not kept.
@@ -122,7 +103,7 @@ func (c Config) complete() (_ Config, realClock bool, err error) {
 	if c.Dir, err = localDir(c.Dir); err != nil {
 		return c, false, err
 	}
-	if c.Password == "" {
+	if c.Password.Empty() {
 		return c, false, fmt.Errorf("%w: the password is empty", repository.ErrPassword)
 	}
 	if c.Compressor == "" {
@@ -130,11 +111,6 @@ func (c Config) complete() (_ Config, realClock bool, err error) {
 	}
 	if compression.ByName[compression.Name(c.Compressor)] == nil {
 		return c, false, fmt.Errorf("unknown compressor %q", c.Compressor)
-	}
-	if c.CacheDir != "" {
-		if c.CacheDir, err = filepath.Abs(c.CacheDir); err != nil {
-			return c, false, err
-		}
 	}
 	if c.Workers <= 0 {
 		c.Workers = 2 * runtime.GOMAXPROCS(0)

@@ -70,6 +70,9 @@ func (r *Repository) copyBlob(ctx context.Context, e blobEntry) (bool, error) {
 		// The blob was replaced or deleted by somebody else, or is lost: that is
 		// for verification to say. A new point does not depend on it unless the
 		// check of what it needs says so.
+		if isPasswordBlob(e.Name) {
+			r.store.unpin(e.Name)
+		}
 		r.cfg.Logger.Warn("no good form of a blob is left to copy", "blob", e.Name)
 		return false, nil
 	}

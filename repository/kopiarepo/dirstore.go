@@ -153,10 +153,14 @@ func (d *dirStore) put(ctx context.Context, name string, mtime time.Time, write 
 }
 
 func (d *dirStore) putBytes(ctx context.Context, name string, data []byte) error {
-	return d.put(ctx, name, time.Time{}, func(w io.Writer) error {
+	return d.put(ctx, name, time.Time{}, writeAll(data))
+}
+
+func writeAll(data []byte) func(io.Writer) error {
+	return func(w io.Writer) error {
 		_, err := w.Write(data)
 		return err
-	})
+	}
 }
 
 // create makes a file that did not exist, atomically and durably. It fails with

@@ -18,6 +18,7 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 
 	"github.com/holdfast-backup/holdfast/repository"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 // kopia makes its storage anew from a saved description whenever a repository is
@@ -64,14 +65,14 @@ func unregisterStore(s *blobStore) {
 }
 
 // initialize makes kopia's repository.
-func initialize(ctx context.Context, s *blobStore, password Secret) error {
+func initialize(ctx context.Context, s *blobStore, password secret.Secret) error {
 	err := repo.Initialize(ctx, s, &repo.NewRepositoryOptions{
 		BlockFormat: format.ContentFormat{
 			Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256",
 			MutableParameters: format.MutableParameters{MaxPackSize: maxPackSize},
 		},
 		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-4M"},
-	}, string(password))
+	}, password.Reveal())
 	if err != nil {
 		return fmt.Errorf("create the engine's repository: %w", err)
 	}
@@ -80,9 +81,8 @@ func initialize(ctx context.Context, s *blobStore, password Secret) error {
 
 // engine opens kopia on first use and keeps it open: that costs 0.3 s.
 type engine struct {
-	cfg    *Config
-	store  *blobStore
-	repoID string
+	cfg   *Config
+	store *blobStore
 
 	mu sync.Mutex
 	dr repo.DirectRepository
@@ -94,27 +94,20 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	if e.dr != nil {
 		return e.dr, nil
 	}
-	file, remove, err := e.connection()
-	if err != nil {
-		return nil, err
-	}
-	gctx, done := e.store.guard(ctx)
-	r, err := repo.Open(gctx, file, string(e.cfg.Password), &repo.Options{
-		TimeNowFunc:          increasing(e.cfg.Clock),
-		DisableRepositoryLog: true,
-		DoNotWaitForUpgrade:  true,
-		OnFatalError: func(err error) {
-			e.cfg.Logger.Error("the storage engine reports a fatal error", "error", err)
-		},
-	})
-	err = done(err)
-	if rerr := remove(); err == nil && rerr != nil {
-		return nil, errors.Join(rerr, r.Close(ctx))
+	r, err := e.attempt(ctx)
+	if err != nil && ctx.Err() == nil && !isStorageError(err) {
+		again, perr := e.store.pinForms(ctx, e.cfg.Password)
+		if perr != nil {
+			return nil, fmt.Errorf("open the storage engine: %w", perr)
+		}
+		if again {
+			r, err = e.attempt(ctx)
+		}
 	}
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil, ctx.Err()
-	case errors.Is(err, repository.ErrNoSpace) || errors.Is(err, repository.ErrReadOnly):
+	case isStorageError(err):
 		return nil, fmt.Errorf("open the storage engine: %w", err)
 	case err != nil:
 		// Our key slot took the password, so it is not the password.
@@ -137,6 +130,42 @@ func (e *engine) open(ctx context.Context) (repo.DirectRepository, error) {
 	e.store.mu.Unlock()
 	e.dr = dr
 	return dr, nil
+}
+
+// attempt opens kopia by a connection file that is there for as long as that takes.
+func (e *engine) attempt(ctx context.Context) (repo.Repository, error) {
+	file, remove, err := e.connection()
+	if err != nil {
+		return nil, err
+	}
+	gctx, done := e.store.guard(ctx)
+	r, err := repo.Open(gctx, file, e.cfg.Password.Reveal(), &repo.Options{
+		TimeNowFunc:          increasing(e.cfg.Clock),
+		DisableRepositoryLog: true,
+		DoNotWaitForUpgrade:  true,
+		OnFatalError: func(err error) {
+			e.cfg.Logger.Error("the storage engine reports a fatal error", "error", err)
+		},
+	})
+	err = done(err)
+	if rerr := remove(); err == nil && rerr != nil {
+		return nil, errors.Join(rerr, r.Close(ctx))
+	}
+	return r, err
+}
+
+func isStorageError(err error) bool {
+	return errors.Is(err, repository.ErrNoSpace) || errors.Is(err, repository.ErrReadOnly)
+}
+
+// usePassword makes the engine open anew, with another password, when it is next
+// needed.
+func (e *engine) usePassword(ctx context.Context, password secret.Secret) error {
+	err := e.close(ctx)
+	e.mu.Lock()
+	e.cfg.Password = password
+	e.mu.Unlock()
+	return err
 }
 
 // increasing makes a clock that never says the same twice: of two changes to one
@@ -165,14 +194,12 @@ func (e *engine) connection() (file string, remove func() error, err error) {
 		return "", nil, err
 	}
 	remove = func() error { return os.RemoveAll(dir) }
-	cache := e.cfg.CacheDir
-	if cache != "" {
-		cache = filepath.Join(cache, e.repoID)
-	}
 	info := e.store.ConnectionInfo()
 	b, err := json.Marshal(&repo.LocalConfig{
 		Storage: &info,
-		Caching: &content.CachingOptions{CacheDirectory: cache},
+		// No cache on disk: a check would read it in place of what is stored, and
+		// a format that was cached before the password changed would not open.
+		Caching: &content.CachingOptions{},
 		ClientOptions: repo.ClientOptions{
 			Hostname: kopiaHost, Username: kopiaUser, Description: "Holdfast",
 		},

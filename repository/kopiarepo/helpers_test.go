@@ -22,6 +22,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/digest"
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 const password = "correct horse battery staple"
@@ -65,7 +66,7 @@ func seed(t testing.TB) *rand.Rand {
 }
 
 func config(dir string) kopiarepo.Config {
-	cfg := kopiarepo.Config{Dir: dir, Password: password, KDF: cheapKDF, Reserve: -1}
+	cfg := kopiarepo.Config{Dir: dir, Password: secret.New(password), KDF: cheapKDF, Reserve: -1}
 	if os.Getenv("HOLDFAST_LOG") != "" {
 		cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/crypto/argon2"
 
 	"github.com/holdfast-backup/holdfast/repository"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 // keySlot is a master key wrapped by a password. Damage is told from a wrong
@@ -51,14 +52,14 @@ func (s *keySlot) sum() []byte {
 	return h[:]
 }
 
-func (s *keySlot) aead(password Secret) (cipher.AEAD, error) {
+func (s *keySlot) aead(password secret.Secret) (cipher.AEAD, error) {
 	if s.KDF != "argon2id" {
 		return nil, fmt.Errorf("%w: key slot uses unknown key derivation %q", repository.ErrDamaged, s.KDF)
 	}
 	if s.MemoryKiB > maxKDFMemory || s.Time < 1 || s.Time > maxKDFTime || s.Threads < 1 || len(s.Salt) < 16 {
 		return nil, fmt.Errorf("%w: key slot has parameters out of bounds", repository.ErrDamaged)
 	}
-	return newGCM(argon2.IDKey([]byte(string(password)), s.Salt, s.Time, s.MemoryKiB, s.Threads, 32))
+	return newGCM(argon2.IDKey([]byte(password.Reveal()), s.Salt, s.Time, s.MemoryKiB, s.Threads, 32))
 }
 
 func newGCM(key []byte) (cipher.AEAD, error) {
@@ -72,7 +73,7 @@ func newGCM(key []byte) (cipher.AEAD, error) {
 func (s *keySlot) aad() []byte { return []byte("holdfast v1 master key of " + s.Repo) }
 
 // newSlot wraps master.
-func newSlot(repo string, master []byte, password Secret, kdf KDF, rnd io.Reader) ([]byte, error) {
+func newSlot(repo string, master []byte, password secret.Secret, kdf KDF, rnd io.Reader) ([]byte, error) {
 	kdf = kdf.orDefault()
 	s := &keySlot{
 		Type: "key slot", Version: 1, Repo: repo, KDF: "argon2id",
@@ -106,7 +107,7 @@ func parseSlot(b []byte) *keySlot {
 
 // openSlots unwraps the master key with the first good copy of the key slot. It
 // returns the slot's bytes as they should be in each copy.
-func openSlots(ctx context.Context, dir *dirStore, password Secret) (repo string, master, slot []byte, err error) {
+func openSlots(ctx context.Context, dir *dirStore, password secret.Secret) (repo string, master, slot []byte, err error) {
 	var problems []error
 	tried := map[string]bool{}
 	wrong := false

@@ -47,6 +47,10 @@ func Repair(ctx context.Context, cfg Config, dest string) (*RepairReport, error)
 	case kind != dirEmpty:
 		return nil, fmt.Errorf("repair into %s: %w: it %s", to, repository.ErrExists, kind)
 	}
+	chosen, err := r.choosePassword(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("repair: %w", err)
+	}
 	p := &repairer{r: r, to: newDirStore(to, cfg.StorageHook), report: &RepairReport{}}
 	if err := p.run(ctx); err != nil {
 		return p.report, fmt.Errorf("repair into %s: %w", to, err)
@@ -58,6 +62,13 @@ func Repair(ctx context.Context, cfg Config, dest string) (*RepairReport, error)
 		return p.report, fmt.Errorf("open the repaired repository: %w", err)
 	}
 	defer func() { _ = n.Close() }()
+	if chosen != nil {
+		n.store.pin(chosen)
+		n.store.forgetSource()
+		if err := n.protect(ctx); err != nil {
+			return p.report, fmt.Errorf("inventory of the repaired repository: %w", err)
+		}
+	}
 	p.report.Verify, err = n.Verify(ctx, &repository.VerifyOptions{Level: repository.VerifyBlobs})
 	return p.report, err
 }

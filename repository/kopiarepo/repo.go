@@ -115,7 +115,7 @@ func assemble(cfg Config, realClock bool, dir *dirStore, id string, master, slot
 			ID: id, Engine: engineName, Location: cfg.Dir, SegmentBytes: digest.SegmentSpan, FormatVersion: formatVersion,
 		},
 	}
-	r.eng = &engine{cfg: &r.cfg, store: store, repoID: id}
+	r.eng = &engine{cfg: &r.cfg, store: store}
 	return r, nil
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 const (
@@ -150,7 +151,7 @@ func TestOpeningTellsWhatIsWrong(t *testing.T) {
 	_, err = kopiarepo.Create(ctx, config(dir))
 	require.ErrorIs(t, err, repository.ErrExists)
 	cfg := config(dir)
-	cfg.Password = "wrong"
+	cfg.Password = secret.New("wrong")
 	_, err = kopiarepo.OpenOrCreate(ctx, cfg)
 	require.ErrorIs(t, err, repository.ErrPassword)
 	again, err := kopiarepo.OpenOrCreate(ctx, config(dir))

@@ -160,6 +160,9 @@ func (m *maintainer) renew(ctx context.Context) error {
 	if err := r.protect(ctx); err != nil {
 		return err
 	}
+	if err := m.settle(ctx); err != nil {
+		return err
+	}
 	if err := r.renewOwn(ctx); err != nil {
 		return fmt.Errorf("copies of records: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
 	"github.com/holdfast-backup/holdfast/restore"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 // envOrder makes the test binary the process that dies: it holds an order.
@@ -62,7 +63,7 @@ func (o *order) run() (err error) {
 		return err
 	}
 	w := &wire{kill: o.Kill, log: log, fatal: map[uint32]bool{}}
-	repo, err := kopiarepo.Open(ctx, kopiarepo.Config{Dir: o.Repo, Password: kopiarepo.Secret(password)})
+	repo, err := kopiarepo.Open(ctx, kopiarepo.Config{Dir: o.Repo, Password: secret.New(password)})
 	if err != nil {
 		return err
 	}

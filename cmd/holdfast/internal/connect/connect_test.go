@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/repository"
+	"github.com/holdfast-backup/holdfast/secret"
 )
 
 func TestHypervisorURLs(t *testing.T) {
@@ -70,7 +71,7 @@ func TestLocations(t *testing.T) {
 		_, err := Location(s)
 		require.ErrorIs(t, err, ErrUsage, s)
 		require.NotContains(t, err.Error(), "tiger")
-		_, err = Repository(context.Background(), RepositoryConfig{Location: s, Password: "x", Create: true})
+		_, err = Repository(context.Background(), RepositoryConfig{Location: s, Password: secret.New("x"), Create: true})
 		require.ErrorIs(t, err, ErrUsage, s)
 	}
 
@@ -86,7 +87,7 @@ func TestLocations(t *testing.T) {
 }
 
 func TestSecretsDoNotPrint(t *testing.T) {
-	cfg := RepositoryConfig{Location: "x", Password: "tiger"}
+	cfg := RepositoryConfig{Location: "x", Password: secret.New("tiger")}
 	text, err := json.Marshal(cfg)
 	require.NoError(t, err)
 	for _, s := range []string{string(text), fmt.Sprintf("%v %+v %#v %s %q %x", cfg, cfg, cfg, cfg.Password, cfg.Password, cfg.Password), cfg.Password.String(), cfg.Password.LogValue().String()} {

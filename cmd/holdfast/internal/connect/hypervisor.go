@@ -57,8 +57,11 @@ func parse(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	if err != nil {
 		var ue *url.Error
-		if errors.As(err, &ue) {
-			err = ue.Err // the text of s may hold a password
+		switch {
+		case strings.Contains(s, "@"):
+			err = errors.New("it cannot be parsed") // its text, or the reason, may hold a part of a password
+		case errors.As(err, &ue):
+			err = ue.Err
 		}
 		return nil, refuse(supported, fmt.Errorf("the hypervisor URL cannot be read: %w", err))
 	}

@@ -120,7 +120,7 @@ func Repository(ctx context.Context, cfg RepositoryConfig) (repository.Repositor
 }
 
 func engine(dir string, cfg RepositoryConfig) kopiarepo.Config {
-	c := kopiarepo.Config{Dir: dir, Password: kopiarepo.Secret(cfg.Password), Logger: cfg.Logger}
+	c := kopiarepo.Config{Dir: dir, Password: cfg.Password, Logger: cfg.Logger}
 	// A client that cannot keep a memory does without one: it is a second line of
 	// defence. What needs the state directory says so itself.
 	if cfg.StateDir != "" && os.MkdirAll(cfg.StateDir, 0o700) == nil {
