@@ -29,6 +29,7 @@ func Stages() []Stage {
 type Events struct {
 	Stage    func(StageEvent)
 	Disk     func(DiskEvent)
+	Audit    func(AuditEvent)
 	Progress func(ProgressEvent)
 	Notice   func(NoticeEvent)
 }
@@ -59,7 +60,19 @@ type ProgressEvent struct {
 	Disk hypervisor.DiskID
 	Done int64 // everything below this offset is stored, bytes
 	Size int64
-	Read int64 // bytes read from the hypervisor so far
+	Read int64 // bytes read from the hypervisor so far, without Audited
+	// Audited is how many bytes were read to audit the change tracking.
+	Audited int64
+}
+
+// AuditEvent says what the audit of a disk's change tracking found. A wrong leaf
+// makes the disk a full: a DiskEvent says so next.
+type AuditEvent struct {
+	VM     string
+	Disk   hypervisor.DiskID
+	Leaves int64 // compared
+	Bytes  int64 // read for it
+	Wrong  int64 // of Leaves: differ
 }
 
 // NoticeEvent is something that a person should know and that fails nothing.
@@ -77,6 +90,12 @@ func (e *Events) stage(ev StageEvent) {
 func (e *Events) disk(ev DiskEvent) {
 	if e.Disk != nil {
 		e.Disk(ev)
+	}
+}
+
+func (e *Events) audit(ev AuditEvent) {
+	if e.Audit != nil {
+		e.Audit(ev)
 	}
 }
 

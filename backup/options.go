@@ -3,6 +3,7 @@ package backup
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -88,6 +89,15 @@ type Options struct {
 	// nil.
 	Guard Guard
 
+	// Audit says how much of each disk an incremental reads again to audit the
+	// change tracking. A disk whose tracking is caught lying is read in full at
+	// once and again by the next run, and the run is degraded. Disks that can
+	// only be streamed are not audited.
+	Audit AuditRate
+	// AuditSeed decides which leaves are read; zero: a random one, which
+	// Result.AuditSeed tells.
+	AuditSeed uint64
+
 	Events *Events      // may be nil
 	Logger *slog.Logger // nil: nothing is logged
 
@@ -103,7 +113,7 @@ type Options struct {
 	LeaseTTL time.Duration
 
 	Clock clock.Clock // nil: the real one
-	Rand  io.Reader   // of run IDs; nil: crypto/rand
+	Rand  io.Reader   // of run IDs and audits; nil: crypto/rand
 }
 
 // Guard is a watchdog outside this process. It is armed before a guest is told
@@ -157,7 +167,19 @@ func (o *Options) check() error {
 	if o.MinConsistency > o.Quiesce.level() {
 		return fmt.Errorf("minimum consistency %s is above the level asked for, %s", o.MinConsistency, o.Quiesce)
 	}
-	return nil
+	return o.Audit.check()
+}
+
+// newSeed returns the seed of a run's audits, never zero.
+func newSeed(o *Options) (uint64, error) {
+	if o.AuditSeed != 0 || o.Audit.Off {
+		return o.AuditSeed, nil
+	}
+	var b [8]byte
+	if _, err := io.ReadFull(o.Rand, b[:]); err != nil {
+		return 0, fmt.Errorf("seed of the audit: %w", err)
+	}
+	return max(1, binary.LittleEndian.Uint64(b[:])), nil
 }
 
 // newRun returns a run ID: it sorts by time and is unique.

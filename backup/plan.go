@@ -3,6 +3,7 @@ package backup
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/holdfast-backup/holdfast/hypervisor"
@@ -23,6 +24,12 @@ type Plan struct {
 	parent *repository.Point
 	man    *manifest.Manifest // of parent
 	broken error              // why parent cannot be inherited from
+	// lies are the disks whose change tracking was caught after parent, and how;
+	// stale are notes about such findings that nobody needs any more; oldest is
+	// the sequence number of the chain's oldest point.
+	lies   map[hypervisor.DiskID]string
+	stale  []string
+	oldest int64
 }
 
 // DiskPlan is what a backup would do about one disk.
@@ -82,6 +89,11 @@ func makePlan(ctx context.Context, hv hypervisor.Hypervisor, repo repository.Rep
 			p.man, p.Parent = man, p.parent.ID
 		}
 	}
+	if repo != nil {
+		if err := p.distrust(ctx, repo); err != nil {
+			return nil, err
+		}
+	}
 	kept := map[string]bool{}
 	if p.man != nil && hv.Info().Capabilities.Baselines {
 		for b, err := range hv.Baselines(ctx, vm.ID) {
@@ -111,17 +123,23 @@ func (p *Plan) fill(vm *hypervisor.VM, o *Options) {
 		if d.Mode == Incremental && p.broken != nil {
 			d.Mode, d.Reason, d.Detail, d.since = Full, hypervisor.ReasonChainUnhealthy, p.broken.Error(), nil
 		}
+		if why, lied := p.lies[d.ID]; d.Mode == Incremental && lied {
+			d.Mode, d.Reason, d.Detail, d.since = Full, ReasonAuditMismatch, why, nil
+		}
 		p.Disks = append(p.Disks, d)
 	}
 }
 
-// newest returns the newest committed point of the chain, nil if there is none.
+// newest returns the newest committed point of the chain, nil if there is none,
+// and notes in p which one is the oldest.
 func newest(ctx context.Context, repo repository.Repository, p *Plan) (*repository.Point, error) {
 	var found *repository.Point
+	p.oldest = math.MaxInt64
 	for pt, err := range repo.Points(ctx, repository.Query{Chain: p.Chain}) {
 		if err != nil {
 			return nil, fmt.Errorf("list restore points of %s: %w", p.VM.Name, err)
 		}
+		p.oldest = min(p.oldest, pt.Sequence)
 		if pt.State != repository.Committed {
 			p.Notes = append(p.Notes, fmt.Sprintf("restore point %s is %s: %s", pt.ID, pt.State, pt.Detail))
 			continue
@@ -162,6 +180,9 @@ func planDisk(d *hypervisor.Disk, parent *repository.Point, man *manifest.Manife
 		return full(hypervisor.ReasonDiskReplaced)
 	case old.Size != d.Size:
 		return full(hypervisor.ReasonDiskResized)
+	case old.Audit.Lied():
+		p.Detail = fmt.Sprintf("the change tracking lied to the run before, which found %d wrong leaves", old.Audit.Wrong)
+		return full(ReasonAuditMismatch)
 	case d.Tracking == hypervisor.TrackingNone || d.Tracking == "":
 		if d.Reason != "" {
 			return full(d.Reason)

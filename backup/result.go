@@ -28,8 +28,11 @@ type Result struct {
 	Consistency hypervisor.Achieved
 	Disks       []DiskResult
 	Degraded    []string // why the run is degraded
-	Started     time.Time
-	Finished    time.Time
+	// AuditSeed decided which leaves were audited: Options.AuditSeed draws the
+	// same ones again.
+	AuditSeed uint64
+	Started   time.Time
+	Finished  time.Time
 
 	proof *repository.Proof
 	err   error
@@ -49,9 +52,14 @@ type DiskResult struct {
 	Reason    Reason
 	Detail    string
 	Size      int64 // bytes
-	ReadBytes int64 // read from the hypervisor
-	Stats     repository.DiskStats
-	Root      repository.Digest // of the stored disk
+	ReadBytes int64 // read from the hypervisor to be stored
+	// AuditedBytes were read from the hypervisor to audit its change tracking;
+	// they are not in ReadBytes. What differs is read twice and counts once.
+	// Audit is what came out of it.
+	AuditedBytes int64
+	Audit        AuditResult
+	Stats        repository.DiskStats
+	Root         repository.Digest // of the stored disk
 }
 
 // Status is Success only when the repository proved the commit and nothing is
@@ -81,6 +89,14 @@ func (r *Result) Proof() *repository.Proof { return r.proof }
 func (r *Result) Err() error { return r.err }
 
 func (r *Result) degrade(why string) { r.Degraded = append(r.Degraded, why) }
+
+// Audited adds up what was read to audit change tracking, in bytes.
+func (r *Result) Audited() (n int64) {
+	for _, d := range r.Disks {
+		n += d.AuditedBytes
+	}
+	return n
+}
 
 // Totals adds up the disks.
 func (r *Result) Totals() (size, read, stored int64) {

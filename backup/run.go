@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 
 	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/internal/lease"
@@ -50,6 +51,9 @@ func (r *run) all(ctx context.Context) (err error) {
 		return err
 	}
 	if r.res.Run, err = newRun(r.o); err != nil {
+		return err
+	}
+	if r.res.AuditSeed, err = newSeed(r.o); err != nil {
 		return err
 	}
 	r.name = hypervisor.Name{Repo: r.repo.Info().Repo8(), Run: r.res.Run, Kind: snapKind}.String()
@@ -152,14 +156,18 @@ func (r *run) preflight(ctx context.Context) (context.Context, error) {
 	}
 	r.lease = l
 	// The plan was made without the lease: another run may have committed since.
-	if again, err := makePlan(work, r.hv, r.repo, r.vm, r.o); err != nil {
+	again, err := makePlan(work, r.hv, r.repo, r.vm, r.o)
+	if err != nil {
 		return nil, err
-	} else if again.Parent != r.plan.Parent {
+	}
+	if again.Parent != r.plan.Parent || !maps.Equal(again.lies, r.plan.lies) {
 		r.plan = again
 	}
+	r.plan.stale = again.stale // without the lease, a newer point could have been missed
 	if err := r.releaseOrphans(work); err != nil {
 		return nil, err
 	}
+	r.dropStaleNotes(work)
 	return work, r.begin(work)
 }
 

@@ -88,6 +88,7 @@ func (r *run) achieved(a hypervisor.Achieved) {
 func (r *run) transfer(ctx context.Context) error {
 	m := newMover(r.snap, r.writer, r.o.InFlight, r.o.Events)
 	m.parent = r.parent
+	m.auditor = auditor{rate: r.o.Audit, seed: r.res.AuditSeed, lied: r.lied}
 	r.res.Disks = make([]DiskResult, len(r.plan.Disks))
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxDisks)
@@ -104,7 +105,11 @@ func (r *run) transfer(ctx context.Context) error {
 		g.Go(func() error { return m.disk(gctx, plan, res) })
 	}
 	g.Go(func() error { return r.files(gctx) })
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	r.auditVerdicts()
+	return nil
 }
 
 // files stores the native configuration and the attachments.
@@ -189,8 +194,8 @@ func (r *run) commit(ctx context.Context) error {
 func (r *run) anchor() {
 	r.baselines = map[hypervisor.DiskID]hypervisor.Baseline{}
 	for _, d := range r.res.Disks {
-		if !d.Mode.Stored() {
-			continue
+		if !d.Mode.Stored() || d.Audit.Lied() {
+			continue // nothing stands on a tracking that lied
 		}
 		b, err := r.snap.Baseline(d.ID)
 		switch {
@@ -240,6 +245,7 @@ func (r *run) manifest() *manifest.Manifest {
 		if b, ok := r.baselines[d.ID]; ok {
 			md.Baseline = &b
 		}
+		md.Audit = res.audited(r.res.AuditSeed)
 		m.Disks = append(m.Disks, md)
 	}
 	return m

@@ -24,13 +24,15 @@ type mover struct {
 	slots  chan []byte // one per block in flight; nil until first used
 	events *Events
 	vm     string
+	// auditor is the zero value where nothing is audited; see Options.Audit.
+	auditor auditor
 }
 
 func newMover(snap hypervisor.Snapshot, w repository.Writer, inFlight int, events *Events) *mover {
 	m := &mover{
 		snap: snap, writer: w, events: events, vm: snap.VM().Name,
 		hash:  digest.New(w.DigestKey()),
-		slots: make(chan []byte, inFlight),
+		slots: make(chan []byte, inFlight), auditor: auditor{rate: AuditRate{Off: true}},
 	}
 	for range inFlight {
 		m.slots <- nil
@@ -69,6 +71,12 @@ func (m *mover) disk(ctx context.Context, plan *DiskPlan, res *DiskResult) error
 		return fmt.Errorf("disk %s has %d bytes in the snapshot and %d in its description", plan.ID, r.Size(), plan.Size)
 	}
 	set, err := m.blocks(ctx, plan)
+	if err == nil && plan.Mode == Incremental {
+		var sound bool
+		if sound, err = m.audit(ctx, r, set, plan, res); err == nil && !sound {
+			set, err = m.collect(ctx, plan, nil)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -166,7 +174,7 @@ func (m *mover) move(ctx context.Context, r hypervisor.DiskReader, w repository.
 					return err
 				}
 				done := low.done(i)
-				m.events.progress(ProgressEvent{VM: m.vm, Disk: plan.ID, Done: min(done*set.blockSize, plan.Size), Size: plan.Size, Read: read.Load()})
+				m.events.progress(ProgressEvent{VM: m.vm, Disk: plan.ID, Done: min(done*set.blockSize, plan.Size), Size: plan.Size, Read: read.Load(), Audited: res.AuditedBytes})
 				return nil
 			})
 		}
@@ -180,7 +188,7 @@ func (m *mover) move(ctx context.Context, r hypervisor.DiskReader, w repository.
 	if err != nil {
 		return err
 	}
-	m.events.progress(ProgressEvent{VM: m.vm, Disk: plan.ID, Done: plan.Size, Size: plan.Size, Read: read.Load()})
+	m.events.progress(ProgressEvent{VM: m.vm, Disk: plan.ID, Done: plan.Size, Size: plan.Size, Read: read.Load(), Audited: res.AuditedBytes})
 	return context.Cause(ctx)
 }
 

@@ -44,6 +44,8 @@ type backupFlags struct {
 	quiesceTimeout  time.Duration
 	noGuard         bool
 	blockSize       byteSize
+	audit           string
+	auditSeed       uint64
 }
 
 func (p *program) backupCommand() *cobra.Command {
@@ -55,7 +57,12 @@ func (p *program) backupCommand() *cobra.Command {
 
 The first backup of a disk reads all that is allocated; later ones read what has
 changed. When that cannot be known, the disk is read in full again, and the output
-says why. The first backup into an empty directory makes the repository.`,
+says why. The first backup into an empty directory makes the repository.
+
+An incremental also reads a random sample of what the hypervisor calls unchanged,
+and compares it with the last restore point. When the hypervisor is caught lying,
+the disk is read in full at once and again by the next backup, the exit code is 3,
+and holdfast points and holdfast verify name the points that may be wrong.`,
 		Example: `  holdfast backup --from qemu:///system --repo ./store web1
   holdfast backup --from qemu:///system --repo ./store --consistency filesystem db1 db2`,
 		Args: atLeastOne("the virtual machine"),
@@ -76,6 +83,8 @@ says why. The first backup into an empty directory makes the repository.`,
 	fs.DurationVar(&f.quiesceTimeout, "quiesce-timeout", hypervisor.DefaultQuiesceTimeout, "longest `time` that a guest may stay frozen")
 	fs.BoolVar(&f.noGuard, "no-guard", false, "do not start the process that thaws a guest should this one die")
 	f.blockSize = repository.DefaultBlockSize
+	fs.StringVar(&f.audit, "audit", "auto", "how `much` of each disk to audit: a share such as 5%, a size such as 115MiB, all, off, or auto: at most 115 MiB and 5 %")
+	fs.Uint64Var(&f.auditSeed, "audit-seed", 0, "`number` that decides what is audited, to repeat an audit; 0: a random one")
 	fs.Var(&f.blockSize, "block-size", "`size` of blocks of disks that are new: 256K, 512K, 1M, 2M, 4M or 8M")
 	return c
 }
@@ -95,7 +104,12 @@ func (f *backupFlags) options(p *program) (*backup.Options, error) {
 	if q != backup.QuiesceAuto && level > hypervisor.Consistency(q-1) {
 		return nil, usage("", fmt.Errorf("--min-consistency %s is more than --consistency %s asks for", level, q))
 	}
+	rate, err := backup.ParseAuditRate(f.audit)
+	if err != nil {
+		return nil, usage("", fmt.Errorf("--audit: %w", err))
+	}
 	o := &backup.Options{
+		Audit: rate, AuditSeed: f.auditSeed,
 		Quiesce: q, MinConsistency: level, QuiesceTimeout: f.quiesceTimeout,
 		FailUnprotected: f.failUnprotected, BlockSize: int(f.blockSize), Clock: p.clock,
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
@@ -24,6 +25,8 @@ type backupDoc struct {
 	Disks             []backupDisk `json:"disks"`
 	Degraded          []string     `json:"degraded"`
 	ReadBytes         int64        `json:"read_bytes"`
+	AuditedBytes      int64        `json:"audited_bytes"`               // not in ReadBytes
+	AuditSeed         uint64       `json:"audit_seed,omitempty,string"` // with it the same leaves are audited again
 	StoredBytes       int64        `json:"stored_bytes"`
 	DurationMS        float64      `json:"duration_ms"`
 	Error             *problem     `json:"error,omitempty"`
@@ -37,6 +40,29 @@ type backupDisk struct {
 	Size      int64  `json:"size"`
 	ReadBytes int64  `json:"read_bytes"`
 	Stored    int64  `json:"stored_bytes"`
+
+	AuditedBytes int64     `json:"audited_bytes"`
+	Audit        *auditDoc `json:"audit,omitempty"` // nil: nothing was audited
+}
+
+// auditDoc is what the audit of a disk's change tracking found.
+type auditDoc struct {
+	Leaves   int64    `json:"leaves"`
+	Wrong    int64    `json:"wrong"`
+	Offsets  []int64  `json:"offsets,omitempty"`
+	Suspects []string `json:"suspects,omitempty"`
+	Error    string   `json:"error,omitempty"`
+}
+
+func describeAudit(a *backup.AuditResult) *auditDoc {
+	if a.Leaves == 0 && a.Err == nil {
+		return nil
+	}
+	d := &auditDoc{Leaves: a.Leaves, Wrong: a.Wrong, Offsets: a.Offsets, Suspects: texts(a.Suspects)}
+	if a.Err != nil {
+		d.Error = message(a.Err)
+	}
+	return d
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -59,7 +85,11 @@ func describeBackup(res *backup.Result) backupDoc {
 		d.Disks = append(d.Disks, backupDisk{
 			ID: string(x.ID), Mode: string(x.Mode), Reason: string(x.Reason), Detail: x.Detail,
 			Size: x.Size, ReadBytes: x.ReadBytes, Stored: x.Stats.Stored,
+			AuditedBytes: x.AuditedBytes, Audit: describeAudit(&x.Audit),
 		})
+	}
+	if d.AuditedBytes = res.Audited(); d.AuditedBytes > 0 {
+		d.AuditSeed = res.AuditSeed
 	}
 	_, d.ReadBytes, d.StoredBytes = res.Totals()
 	return d
@@ -94,7 +124,7 @@ func (p *program) showBackup(d backupDoc) {
 		how += fmt.Sprintf(", frozen for %.0f ms", d.FrozenMS)
 	}
 	p.say("%s: %s, restore point %s, %s", d.VM, d.Status, d.Point, how)
-	t := &table{indent: "  ", right: map[int]bool{3: true, 4: true, 5: true}}
+	t := &table{indent: "  ", right: map[int]bool{3: true, 4: true, 5: true, 6: true}}
 	var size int64
 	for _, x := range d.Disks {
 		if x.Mode == string(backup.Excluded) || x.Mode == string(backup.Unprotected) {
@@ -102,7 +132,11 @@ func (p *program) showBackup(d backupDoc) {
 			continue
 		}
 		size += x.Size
-		t.add(x.ID, x.Mode, x.Reason, bytesText(x.Size), "read "+bytesText(x.ReadBytes), "stored "+bytesText(x.Stored))
+		row := []string{x.ID, x.Mode, x.Reason, bytesText(x.Size), "read " + bytesText(x.ReadBytes), "stored " + bytesText(x.Stored)}
+		if x.AuditedBytes > 0 {
+			row = append(row, "audited "+bytesText(x.AuditedBytes))
+		}
+		t.add(row...)
 	}
 	t.print(p.say)
 	took := msDuration(d.DurationMS)
@@ -116,5 +150,8 @@ func (p *program) showBackup(d backupDoc) {
 	}
 	for _, why := range d.Degraded {
 		p.say("  degraded: %s", why)
+	}
+	if slices.ContainsFunc(d.Disks, func(x backupDisk) bool { return x.Audit != nil && x.Audit.Wrong > 0 }) {
+		p.say("  the samples were drawn by --audit-seed %d", d.AuditSeed)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ import (
 type demoFlags struct {
 	keep bool
 	seed uint64
+	lie  bool
 }
 
 func (p *program) demoCommand() *cobra.Command {
@@ -32,12 +34,16 @@ func (p *program) demoCommand() *cobra.Command {
 
 The hypervisor and its virtual machine live in memory. Everything else is real:
 the pipelines, the repository on disk with its encryption and deduplication, the
-digests, and the comparison of every restored byte with the truth.`,
+digests, and the comparison of every restored byte with the truth.
+
+With --lying-tracker the hypervisor hides what the guest changes, and the demo
+shows what that does, and how an audit finds it.`,
 		Args: exactly(0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error { return p.demo(cmd.Context(), &f) },
 	}
 	c.Flags().BoolVar(&f.keep, "keep", false, "keep the directory with the repository and the restored files")
 	c.Flags().Uint64Var(&f.seed, "seed", 1, "`number` that decides what the guest writes")
+	c.Flags().BoolVar(&f.lie, "lying-tracker", false, "show what happens when the hypervisor's change tracking lies")
 	return c
 }
 
@@ -57,6 +63,7 @@ type demoStep struct {
 	Detail     string  `json:"detail"`
 	DiskBytes  int64   `json:"disk_bytes,omitempty"`
 	ReadBytes  int64   `json:"read_bytes,omitempty"`
+	Audited    int64   `json:"audited_bytes,omitempty"`
 	Stored     int64   `json:"stored_bytes,omitempty"`
 	DurationMS float64 `json:"duration_ms"`
 }
@@ -83,7 +90,11 @@ func (p *program) demo(ctx context.Context, f *demoFlags) (err error) {
 		p: p, dir: dir, start: p.clock.Now(), truth: map[repository.PointID]map[hypervisor.DiskID]truth{},
 		doc: demoDoc{Status: statusFailed, Steps: []demoStep{}, Proven: []string{}},
 	}
-	err = d.run(ctx, f)
+	if f.lie {
+		err = d.runLie(ctx, f)
+	} else {
+		err = d.run(ctx, f)
+	}
 	if d.repo != nil {
 		err = errors.Join(err, d.repo.Close())
 	}
@@ -98,9 +109,13 @@ func (p *program) demo(ctx context.Context, f *demoFlags) (err error) {
 		d.doc.Error = explain(ctx, err)
 		p.ended(d.doc.Error.exit())
 	}
-	if p.json {
+	switch {
+	case p.json:
 		p.emit(d.doc)
-	} else if err == nil {
+	case err != nil:
+	case f.lie:
+		d.lieSummary(f)
+	default:
 		d.summary(f)
 	}
 	if err != nil {
@@ -116,21 +131,21 @@ func (d *demo) run(ctx context.Context, f *demoFlags) error {
 	if err := d.build(ctx, f.seed); err != nil {
 		return err
 	}
-	full, err := d.backup(ctx, "full backup", nil)
+	full, err := d.backup(ctx, demoBackup{name: "full backup"})
 	if err != nil {
 		return err
 	}
 	if err := d.change(); err != nil {
 		return err
 	}
-	incr, err := d.backup(ctx, "incremental", expectModes{"system": backup.Incremental, "data": backup.Incremental})
+	incr, err := d.backup(ctx, demoBackup{name: "incremental", modes: expectModes{"system": backup.Incremental, "data": backup.Incremental}})
 	if err != nil {
 		return err
 	}
 	if err := d.site.loseTracking(); err != nil {
 		return err
 	}
-	lost, err := d.backup(ctx, "tracking lost", expectModes{"system": backup.Incremental, "data": backup.Full})
+	lost, err := d.backup(ctx, demoBackup{name: "tracking lost", modes: expectModes{"system": backup.Incremental, "data": backup.Full}})
 	if err != nil {
 		return err
 	}
@@ -142,7 +157,7 @@ func (d *demo) run(ctx context.Context, f *demoFlags) error {
 			return err
 		}
 	}
-	return d.verify(ctx)
+	return d.verify(ctx, statusSound)
 }
 
 // build makes the virtual machine and the repository.
@@ -185,8 +200,18 @@ func (d *demo) change() error {
 
 type expectModes map[hypervisor.DiskID]backup.Mode
 
+// demoBackup is a backup of the demo and what must come of it.
+type demoBackup struct {
+	name   string
+	modes  expectModes
+	audit  backup.AuditRate
+	seed   uint64 // of the audit
+	mayLie bool   // it may find that the change tracking lies
+}
+
 // backup backs the machine up while its guest goes on writing.
-func (d *demo) backup(ctx context.Context, name string, want expectModes) (*backup.Result, error) {
+func (d *demo) backup(ctx context.Context, b demoBackup) (*backup.Result, error) {
+	name := b.name
 	w := d.p.passing()
 	events := backupEvents(d.p, w)
 	stage := events.Stage
@@ -199,17 +224,19 @@ func (d *demo) backup(ctx context.Context, name string, want expectModes) (*back
 	}
 	res, err := backup.Run(ctx, d.site.hv, d.repo, d.site.vm, &backup.Options{
 		Events: events, StateDir: filepath.Join(d.dir, "state"), Endpoint: "fake:demo", Location: filepath.Join(d.dir, "repository"), Clock: d.p.clock,
+		Audit: b.audit, AuditSeed: b.seed,
 	})
 	w.end()
 	disturbed, werr := writer.end()
 	if err := errors.Join(err, werr); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	if res.Status() != backup.Success {
+	caught := slices.ContainsFunc(res.Disks, func(x backup.DiskResult) bool { return x.Audit.Lied() })
+	if res.Status() != backup.Success && !(b.mayLie && caught) {
 		return nil, fmt.Errorf("%s is %s: %v", name, res.Status(), res.Degraded)
 	}
 	for _, x := range res.Disks {
-		if m, ok := want[x.ID]; ok && x.Mode != m {
+		if m, ok := b.modes[x.ID]; ok && x.Mode != m {
 			return nil, fmt.Errorf("%s: disk %s was read %s (%s), and %s was expected", name, x.ID, x.Mode, x.Reason, m)
 		}
 	}
@@ -219,13 +246,16 @@ func (d *demo) backup(ctx context.Context, name string, want expectModes) (*back
 	d.truth[res.Point()] = d.site.atFreeze()
 	size, read, stored := res.Totals()
 	detail := fmt.Sprintf("read %s of %s (%s), stored %s", bytesText(read), bytesText(size), share(read, size), bytesText(stored))
+	if n := res.Audited(); n > 0 {
+		detail += fmt.Sprintf(", audited %s", bytesText(n))
+	}
 	for _, x := range res.Disks {
 		if x.Mode == backup.Full && x.Reason != backup.ReasonFirst {
 			detail += fmt.Sprintf("; disk %s in full: %s", x.ID, x.Reason)
 		}
 	}
 	d.step(demoStep{
-		Step: name, Backup: true, Detail: detail, DiskBytes: size, ReadBytes: read, Stored: stored, DurationMS: ms(res.Finished.Sub(res.Started)),
+		Step: name, Backup: true, Detail: detail, DiskBytes: size, ReadBytes: read, Audited: res.Audited(), Stored: stored, DurationMS: ms(res.Finished.Sub(res.Started)),
 	})
 	return res, nil
 }

@@ -151,20 +151,24 @@ func firstDifference(a, b []byte) int {
 
 // verify checks the whole repository down to every block, and that nothing was
 // left on the hypervisor.
-func (d *demo) verify(ctx context.Context) error {
+// want is what the check has to say.
+func (d *demo) verify(ctx context.Context, want string) error {
 	begin := d.p.clock.Now()
 	v, err := d.p.check(ctx, d.repo, nil, "data", d.p.passing())
 	if err != nil {
 		return fmt.Errorf("verify: %w", err)
 	}
-	if v.Status != statusSound {
+	switch {
+	case v.Status == statusDamaged:
 		return fmt.Errorf("verify found damage in %d places: %w", len(v.Damages), repository.ErrDamaged)
+	case v.Status != want:
+		return fmt.Errorf("verify says %s, and %s was expected", v.Status, want)
 	}
 	if len(v.Points) != len(d.truth) {
 		return fmt.Errorf("verify saw %d restore points of %d", len(v.Points), len(d.truth))
 	}
 	d.step(demoStep{
-		Step: "verify", Detail: fmt.Sprintf("%s and %s, down to every block: sound", plural(len(v.Points), "point", "points"), plural(int(v.Blobs), "stored object", "stored objects")),
+		Step: "verify", Detail: fmt.Sprintf("%s and %s, down to every block: %s", plural(len(v.Points), "point", "points"), plural(int(v.Blobs), "stored object", "stored objects"), v.Status),
 		ReadBytes: v.Bytes, DurationMS: d.since(begin),
 	})
 	if d.onDisk, err = dirSize(filepath.Join(d.dir, "repository")); err != nil {

@@ -25,15 +25,21 @@ type event struct {
 	Size   *int64    `json:"size,omitempty"` // bytes, as the next two
 	Done   *int64    `json:"done,omitempty"`
 	Read   *int64    `json:"read,omitempty"`
-	Code   string    `json:"code,omitempty"` // of an error
-	Text   string    `json:"text,omitempty"`
-	Hint   string    `json:"hint,omitempty"`
+	// Audited is what was read to audit change tracking, in bytes; Leaves were
+	// compared, of which Wrong differ.
+	Audited *int64 `json:"audited,omitempty"`
+	Leaves  *int64 `json:"leaves,omitempty"`
+	Wrong   *int64 `json:"wrong,omitempty"`
+	Code    string `json:"code,omitempty"` // of an error
+	Text    string `json:"text,omitempty"`
+	Hint    string `json:"hint,omitempty"`
 }
 
 // Values of event.Event and event.State.
 const (
 	eventStage    = "stage"
 	eventDisk     = "disk"
+	eventAudit    = "audit"
 	eventProgress = "progress"
 	eventNotice   = "notice"
 	eventError    = "error"
@@ -83,8 +89,11 @@ func backupEvents(p *program, w watcher) *backup.Events {
 		Disk: func(e backup.DiskEvent) {
 			w.watch(event{Event: eventDisk, Time: p.now(), VM: e.VM, Disk: string(e.Disk), Mode: string(e.Mode), Reason: string(e.Reason), Detail: e.Detail, Size: &e.Size})
 		},
+		Audit: func(e backup.AuditEvent) {
+			w.watch(event{Event: eventAudit, Time: p.now(), VM: e.VM, Disk: string(e.Disk), Audited: &e.Bytes, Leaves: &e.Leaves, Wrong: &e.Wrong})
+		},
 		Progress: func(e backup.ProgressEvent) {
-			w.watch(event{Event: eventProgress, Time: p.now(), VM: e.VM, Disk: string(e.Disk), Size: &e.Size, Done: &e.Done, Read: &e.Read})
+			w.watch(event{Event: eventProgress, Time: p.now(), VM: e.VM, Disk: string(e.Disk), Size: &e.Size, Done: &e.Done, Read: &e.Read, Audited: &e.Audited})
 		},
 		Notice: func(e backup.NoticeEvent) {
 			w.watch(event{Event: eventNotice, Time: p.now(), VM: e.VM, Text: e.Text})

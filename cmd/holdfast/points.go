@@ -30,6 +30,9 @@ type pointDoc struct {
 	Status      string      `json:"status"`
 	Consistency string      `json:"consistency"`
 	Disks       []pointDisk `json:"disks"`
+	// LyingTracker names the disks that were backed up under a change tracking
+	// that was caught lying.
+	LyingTracker []suspicionDoc `json:"lying_tracker,omitempty"`
 }
 
 type pointDisk struct {
@@ -39,6 +42,8 @@ type pointDisk struct {
 	Size   int64  `json:"size"`
 	Read   int64  `json:"read_bytes"`
 	Stored int64  `json:"stored_bytes"`
+
+	Audited int64 `json:"audited_bytes"`
 }
 
 func (p *program) pointsCommand() *cobra.Command {
@@ -50,7 +55,9 @@ func (p *program) pointsCommand() *cobra.Command {
 		Long: `List restore points, by virtual machine and age.
 
 A point that was committed and has vanished, or whose record cannot be trusted,
-is listed too, and the exit code is then 1.`,
+is listed too, and the exit code is then 1. A point of a disk whose change tracking
+was caught lying says so: it is SUSPECT when it may hold wrong bytes, and exact when
+the lie was found by the backup that made it, which then read the disk in full.`,
 		Args: exactly(0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "repo", repo.location); err != nil {
@@ -77,10 +84,15 @@ func (p *program) points(ctx context.Context, rf *repositoryFlags, vm string) er
 	if vm != "" && len(list) == 0 {
 		return noPointsOf(vm)
 	}
+	found, err := p.suspicions(ctx, repo, list)
+	if err != nil {
+		return err
+	}
 	t := &table{right: map[int]bool{4: true, 5: true}}
 	t.add("POINT", "VM", "CREATED", "CONSISTENCY", "SIZE", "STORED", "STATE")
 	for _, pt := range list {
 		d := describePoint(pt)
+		d.LyingTracker = found[pt.ID]
 		if pt.State != repository.Committed {
 			p.ended(exitFailed)
 		}
@@ -96,6 +108,9 @@ func (p *program) points(ctx context.Context, rf *repositoryFlags, vm string) er
 		state := d.Status
 		if pt.State != repository.Committed {
 			state = d.State + ": " + d.Detail
+		}
+		for _, s := range d.LyingTracker {
+			state += ", " + s.short()
 		}
 		t.add(d.Point, d.VM, d.Created.Format("2006-01-02 15:04:05 MST"), d.Consistency, bytesText(size), bytesText(stored), state)
 	}
@@ -138,6 +153,9 @@ func describePoint(pt *repository.Point) pointDoc {
 	if man, err := manifest.Parse(pt); err == nil {
 		for _, x := range man.Disks {
 			pd := pointDisk{ID: string(x.ID), Mode: string(x.Mode), Reason: string(x.Reason), Size: x.Size, Read: x.ReadBytes}
+			if x.Audit != nil {
+				pd.Audited = x.Audit.Bytes
+			}
 			if r := pt.Disk(string(x.ID)); r != nil {
 				pd.Stored = r.Stats.Stored
 			}

@@ -46,6 +46,10 @@ func plainText(e event) string {
 			s += ": " + e.Detail
 		}
 		return s
+	case eventAudit:
+		if *e.Wrong > 0 {
+			return fmt.Sprintf("%s: %s: the change tracking LIED: %d of %d samples of what it called unchanged have changed", e.VM, e.Disk, *e.Wrong, *e.Leaves)
+		}
 	case eventNotice:
 		return e.VM + ": " + e.Text
 	}
@@ -82,8 +86,10 @@ func (b *bars) watch(e event) {
 		b.print(plainText(e))
 	case eventProgress:
 		b.bar(e).SetCurrent(*e.Done)
-	case eventNotice:
-		b.print(plainText(e))
+	case eventNotice, eventAudit:
+		if s := plainText(e); s != "" {
+			b.print(s)
+		}
 	case eventStage:
 		if e.Stage == "transfer" && e.State == stateExit {
 			b.finish(e.Error == "")

@@ -35,6 +35,7 @@ type rig struct {
 	wrap    func(hypervisor.Hypervisor) hypervisor.Hypervisor
 	login   func(ctx context.Context, cfg connect.HypervisorConfig) error
 	real    bool // repositories are real ones
+	dirs    bool // the directories of repositories in memory exist
 	dir     string
 	env     map[string]string
 	signals chan os.Signal
@@ -128,6 +129,11 @@ func (r *rig) Hypervisor(ctx context.Context, cfg connect.HypervisorConfig) (hyp
 func (r *rig) Repository(ctx context.Context, cfg connect.RepositoryConfig) (repository.Repository, error) {
 	if r.real {
 		return connect.Repository(ctx, cfg)
+	}
+	if r.dirs {
+		if err := os.MkdirAll(cfg.Location, 0o700); err != nil {
+			return nil, err
+		}
 	}
 	r.mu.Lock()
 	s := r.stores[cfg.Location]

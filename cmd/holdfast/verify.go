@@ -11,7 +11,7 @@ import (
 
 // verifyDoc is the outcome of a check.
 type verifyDoc struct {
-	Status        string      `json:"status"` // sound or damaged
+	Status        string      `json:"status"` // sound, suspect or damaged
 	Repository    string      `json:"repository"`
 	Level         string      `json:"level"`
 	Points        []string    `json:"points"`
@@ -20,6 +20,9 @@ type verifyDoc struct {
 	Bytes         int64       `json:"bytes"`
 	Damages       []damageDoc `json:"damages"`
 	DurationMS    float64     `json:"duration_ms"`
+	// LyingTracker names the points that were made under a change tracking that
+	// was caught lying.
+	LyingTracker []suspicionDoc `json:"lying_tracker,omitempty"`
 }
 
 type damageDoc struct {
@@ -33,6 +36,7 @@ type damageDoc struct {
 // Values of verifyDoc.Status.
 const (
 	statusSound   = "sound"
+	statusSuspect = "suspect" // what is stored is sound, and points may have been wrong from the start
 	statusDamaged = "damaged"
 )
 
@@ -55,7 +59,11 @@ any changed bit; data also decodes every block of every disk and compares it wit
 the digest that was computed when it left the hypervisor. The default is blobs
 for a whole repository and data for one point.
 
-The exit code is 1 when there is damage.`,
+Points that were made while the change tracking of the hypervisor lied are named
+too: they are stored soundly, but may not hold what the disk held.
+
+The exit code is 1 when there is damage, and 3 when there is none and a point may
+be wrong because the change tracking lied.`,
 		Args: exactly(0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "repo", repo.location); err != nil {
@@ -97,6 +105,9 @@ func (p *program) verify(ctx context.Context, rf *repositoryFlags, point *pointF
 	if err != nil {
 		return err
 	}
+	if d.Status == statusSuspect {
+		p.ended(exitDegraded)
+	}
 	p.showVerify(d)
 	return nil
 }
@@ -112,6 +123,9 @@ func (p *program) check(ctx context.Context, repo repository.Repository, points 
 		return nil, err
 	}
 	d := describeVerify(rep, repo.Info().Location, level)
+	if err := p.addSuspicions(ctx, repo, d); err != nil {
+		return nil, err
+	}
 	d.DurationMS = ms(p.clock.Now().Sub(start))
 	if !rep.OK() {
 		p.ended(exitFailed)
@@ -134,11 +148,20 @@ func (p *program) showVerify(d *verifyDoc) {
 	}
 	what := fmt.Sprintf("%s, %s, %s read in %s (level %s)", plural(len(d.Points), "restore point", "restore points"),
 		plural(int(d.Blobs), "stored object", "stored objects"), bytesText(d.Bytes), durationText(msDuration(d.DurationMS)), d.Level)
-	if d.Status == statusSound {
+	switch d.Status {
+	case statusSound:
 		p.say("sound: %s", what)
+	case statusSuspect:
+		p.say("SUSPECT: everything is stored soundly, but change tracking lied: %s", what)
+	default:
+		p.say("DAMAGED: %s", what)
+	}
+	for _, s := range d.LyingTracker {
+		p.say("  restore point %s: %s", s.Point, s.long())
+	}
+	if d.Status != statusDamaged {
 		return
 	}
-	p.say("DAMAGED: %s", what)
 	for _, x := range d.Damages {
 		line := fmt.Sprintf("  %s: %s", x.Object, x.Problem)
 		if x.Detail != "" {

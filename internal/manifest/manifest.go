@@ -104,7 +104,22 @@ type Disk struct {
 	Format    string               `json:"format,omitempty"`
 	Baseline  *hypervisor.Baseline `json:"baseline,omitempty"`
 	ReadBytes int64                `json:"read_bytes"`
+	Audit     *Audit               `json:"audit,omitempty"` // nil: nothing was audited
 }
+
+// Audit is what re-reading a sample of a disk's unchanged leaves found.
+type Audit struct {
+	Bytes    int64                `json:"bytes"` // read for it; not in Disk.ReadBytes
+	Seed     uint64               `json:"seed,string"`
+	Leaves   int64                `json:"leaves"`            // compared with the parent's
+	Wrong    int64                `json:"wrong"`             // of Leaves: differ, so the change tracking lied
+	Offsets  []int64              `json:"offsets,omitempty"` // of the first wrong leaves, bytes
+	Suspects []repository.PointID `json:"suspects,omitempty"`
+	Error    string               `json:"error,omitempty"` // why it is not complete
+}
+
+// Lied reports whether the change tracking was caught. a may be nil.
+func (a *Audit) Lied() bool { return a != nil && a.Wrong > 0 }
 
 // Attachment is a stored part of the VM: NVRAM, a kernel.
 type Attachment struct {

@@ -151,29 +151,38 @@ func TestA2ReadBytes(t *testing.T) {
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a2r", Disks: []kvmlab.Disk{{Size: 200*mib + 512, Data: []kvmlab.Range{{Len: 150 * mib}}, Seed: 3}}})
 	r.backup(vm.Name)
-	idle, idleChars := r.counted(vm.Name)
+	idle, idleChars := r.counted(vm.Name, "--audit", "off")
 	require.Zero(t, idle.read())
+	require.Zero(t, idle.audited())
 	const touched = 24
 	for i := range int64(touched) {
 		vm.Write("vda", 5*mib*i+100*512, 65536, byte(i+1))
 	}
-	busy, chars := r.counted(vm.Name)
+	busy, chars := r.counted(vm.Name, "--audit", "off")
 	require.LessOrEqual(t, busy.read(), int64(touched*mib))
 	require.Positive(t, busy.read())
 	read := float64(chars - idleChars)
 	require.InEpsilon(t, read, float64(busy.read()), 0.10, "read_bytes against read(2)")
+
+	// An audit reads a sample of what did not change, and says so elsewhere.
+	audited, chars := r.counted(vm.Name)
+	require.Zero(t, audited.read())
+	require.Positive(t, audited.audited())
+	require.LessOrEqual(t, audited.audited(), int64(200*mib+512)/20)
+	require.LessOrEqual(t, chars-idleChars, audited.audited()+mib, "audited_bytes against read(2); holes are not sent")
+	require.Greater(t, chars-idleChars, audited.audited()/4)
 }
 
 // counted backs up and returns how many bytes the process had read with system
 // calls when the transfer ended.
-func (r *rig) counted(vm string) (*backupLine, int64) {
+func (r *rig) counted(vm string, more ...string) (*backupLine, int64) {
 	r.t.Helper()
 	var chars int64
 	p := r.start(func(p *proc, e event) {
 		if e.Event == "stage" && e.Stage == "transfer" && e.State == "exit" {
 			chars, _ = readBytes(p.cmd.Process.Pid) // zero is found below
 		}
-	}, r.backupArgs(vm)...)
+	}, r.backupArgs(vm, more...)...)
 	o := p.wait()
 	require.Zero(r.t, o.code, "%s", o)
 	require.Positive(r.t, chars)

@@ -124,6 +124,7 @@ type backupLine struct {
 		Reason      string `json:"reason"`
 		Size        int64  `json:"size"`
 		ReadBytes   int64  `json:"read_bytes"`
+		Audited     int64  `json:"audited_bytes"`
 		StoredBytes int64  `json:"stored_bytes"`
 	} `json:"disks"`
 	Degraded []string `json:"degraded"`
@@ -143,6 +144,13 @@ func (b *backupLine) modes() map[string]string {
 func (b *backupLine) read() (n int64) {
 	for _, d := range b.Disks {
 		n += d.ReadBytes
+	}
+	return n
+}
+
+func (b *backupLine) audited() (n int64) {
+	for _, d := range b.Disks {
+		n += d.Audited
 	}
 	return n
 }
@@ -257,6 +265,18 @@ func (r *rig) same(point string, truth map[string]string) {
 		sameFile(r.t, want, filepath.Join(dir, disk+".raw"))
 	}
 	require.NoError(r.t, os.RemoveAll(dir))
+}
+
+// equal restores a point to files and says whether one disk is its truth.
+func (r *rig) equal(point, disk, truth string) bool {
+	r.t.Helper()
+	dir, err := os.MkdirTemp(r.lab.Dir, "out")
+	require.NoError(r.t, err)
+	r.must("restore", "--repo", r.repo, "--point", point, "--to", "file:"+dir+"?format=raw")
+	off, err := kvmlab.FirstDifference(truth, filepath.Join(dir, disk+".raw"))
+	require.NoError(r.t, err)
+	require.NoError(r.t, os.RemoveAll(dir))
+	return off < 0
 }
 
 func sameFile(t *testing.T, want, got string) {
