@@ -41,7 +41,32 @@ const (
 
 // guardHello is what the guard needs and nobody else may read.
 type guardHello struct {
-	Password string `json:"password,omitempty"` // of the hypervisor
+	Password connect.Secret // of the hypervisor
+}
+
+// pipedHello is guardHello on its way through the pipe.
+type pipedHello struct {
+	Password *string `json:"password,omitempty"`
+}
+
+func (h guardHello) encode() ([]byte, error) {
+	var piped pipedHello
+	if !h.Password.Empty() {
+		clear := h.Password.Reveal()
+		piped.Password = &clear
+	}
+	return json.Marshal(piped)
+}
+
+func (h *guardHello) decode(line []byte) error {
+	var piped pipedHello
+	if err := json.Unmarshal(line, &piped); err != nil {
+		return errors.New("not a JSON object of a guard") // err may quote it
+	}
+	if piped.Password != nil {
+		h.Password = connect.NewSecret(*piped.Password)
+	}
+	return nil
 }
 
 // Times of the guard.
@@ -134,11 +159,11 @@ func (p *program) armGuard(ctx context.Context, in *bufio.Reader, from *hypervis
 		return nil, fmt.Errorf("the parent of the guard said nothing: %w", err)
 	}
 	var hello guardHello
-	if err := json.Unmarshal(line, &hello); err != nil {
+	if err := hello.decode(line); err != nil {
 		return nil, fmt.Errorf("the parent of the guard said something else: %w", err)
 	}
 	g := &thawer{p: p, vm: vm, cfg: from.config(p)}
-	g.cfg.Password = func(context.Context) (connect.Secret, error) { return connect.NewSecret(hello.Password), nil }
+	g.cfg.Password = func(context.Context) (connect.Secret, error) { return hello.Password, nil }
 	if g.lock, err = p.guardLock(ctx, from.url, vm); err != nil {
 		return nil, err
 	}

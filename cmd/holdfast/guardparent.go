@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -123,9 +122,9 @@ func (c *guardChild) hello(ctx context.Context, from connect.HypervisorConfig) e
 		if err != nil {
 			return err
 		}
-		h.Password = pw.Reveal()
+		h.Password = pw
 	}
-	b, err := json.Marshal(h)
+	b, err := h.encode()
 	if err != nil {
 		return err
 	}

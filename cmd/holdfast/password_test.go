@@ -42,13 +42,13 @@ func TestPassword(t *testing.T) {
 	require.False(t, d.Changed)
 
 	r.env["HOLDFAST_REPO_PASSWORD"] = "new horse"
-	out := filepath.Join(r.dir, "out")
-	r.ok("restore", "--repo", r.repo(), "--point", point, "--to", "file:"+out)
-	r.sameAsFile(filepath.Join(out, "vda.raw"), r.truth(vm, "vda"))
+	require.Equal(t, point, r.backup("web1").Parent)
 	if !nightly() {
 		return
 	}
-	require.Equal(t, point, r.backup("web1").Parent)
+	out := filepath.Join(r.dir, "out")
+	r.ok("restore", "--repo", r.repo(), "--point", point, "--to", "file:"+out)
+	r.sameAsFile(filepath.Join(out, "vda.raw"), r.truth(vm, "vda"))
 	r.ok("verify", "--repo", r.repo(), "--level", "data")
 	r.prompts = []string{"typed", "typed"}
 	require.Contains(t, r.ok("password", "--repo", r.repo()).stdout, "the password is changed")

@@ -92,13 +92,6 @@ func lay(t *testing.T, tree map[string]string) string {
 	return dir
 }
 
-func atNight(t *testing.T) {
-	t.Helper()
-	if os.Getenv("HOLDFAST_NIGHTLY") == "" {
-		t.Skip("set HOLDFAST_NIGHTLY: each try costs seconds")
-	}
-}
-
 // portion says which of the cases of a test are tried: all of this shard with
 // HOLDFAST_FAULTS=all, else one of every n from a random one on, where n is few at
 // night and many by day.
@@ -137,7 +130,7 @@ func (p *portion) next() bool {
 // record tells what was tried, if that was all.
 func (p *portion) record(name, what string) {
 	p.t.Logf("%d of %d %s", p.tried, p.cases, what)
-	if p.step == 1 && !p.t.Failed() {
+	if os.Getenv("HOLDFAST_FAULTS") == "all" && !p.t.Failed() {
 		tally.Record(p.t, tally.Campaign{
 			Name:    name,
 			Command: "HOLDFAST_NIGHTLY=1 HOLDFAST_FAULTS=all go test -run '^" + p.t.Name() + "$' ./repository/kopiarepo",
@@ -168,7 +161,7 @@ func TestPasswordChangeIsKilledAnywhere(t *testing.T) {
 	require.GreaterOrEqual(t, len(rec.states), 20, "changing operations")
 
 	all := rec.crashes()
-	p := newPortion(t, 4, 31)
+	p := newPortion(t, 1, 3)
 	outcomes := map[string]int{}
 	for i, what := range sortedNames(all) {
 		if !p.next() {
@@ -234,7 +227,6 @@ func mend(t *testing.T, what string, way int, dir, use, other string, m *image, 
 // TestPasswordChangeMeetsFaults fails single storage operations, before and after
 // their effect, and from one on all of them.
 func TestPasswordChangeMeetsFaults(t *testing.T) {
-	atNight(t)
 	ctx := context.Background()
 	base := filepath.Join(t.TempDir(), "base")
 	m, id := small(t, base)
@@ -252,7 +244,7 @@ func TestPasswordChangeMeetsFaults(t *testing.T) {
 	require.NoError(t, err)
 	operations := none.n.Load()
 	require.Greater(t, operations, int64(70))
-	p := newPortion(t, 23, 23)
+	p := newPortion(t, 1, 86)
 	outcomes := map[string]int{}
 	for _, mode := range []struct {
 		name         string
@@ -308,13 +300,16 @@ func TestPasswordChangeProcessIsKilled(t *testing.T) {
 		killedChange(t, v)
 		return
 	}
-	atNight(t)
 	base := filepath.Join(t.TempDir(), "base")
 	m, id := small(t, base)
 	rnd := seed(t)
 	exe, err := os.Executable()
 	require.NoError(t, err)
-	for range 3 {
+	times := 1
+	if os.Getenv("HOLDFAST_NIGHTLY") != "" {
+		times = 18
+	}
+	for range times {
 		k := 2 + rnd.IntN(18)
 		dir := copyTree(t, base)
 		cmd := exec.Command(exe, "-test.run", "^TestPasswordChangeProcessIsKilled$")
