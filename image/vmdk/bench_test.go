@@ -3,6 +3,7 @@ package vmdk
 import (
 	"bytes"
 	"context"
+	"io"
 	"math/rand/v2"
 	"testing"
 
@@ -22,5 +23,17 @@ func BenchmarkDecode(b *testing.B) {
 		d, err := NewDecoder(bytes.NewReader(out.Bytes()), nil)
 		require.NoError(b, err)
 		require.NoError(b, d.Decode(context.Background(), func(int64, []byte) error { return nil }))
+	}
+}
+
+func BenchmarkEncode(b *testing.B) {
+	disk := sparseDisk(rand.New(rand.NewPCG(1, 1)), 32<<20)
+	b.SetBytes(int64(len(disk)))
+	for b.Loop() {
+		w, err := NewStreamWriter(io.Discard, int64(len(disk)), nil)
+		require.NoError(b, err)
+		_, err = w.WriteAt(disk, 0)
+		require.NoError(b, err)
+		require.NoError(b, w.Commit())
 	}
 }

@@ -29,7 +29,7 @@ type DecoderOptions struct {
 //
 // qemu-img writes no end-of-stream marker, but has the grain tables in front. They are kept, which
 // takes 64 MiB per TiB of disk, each grain must lie where they say, and the stream may end where
-// all that they name have come.
+// all that they name have come. More than 256 MiB in front of the grains is not supported.
 type Decoder struct {
 	r      *bufio.Reader
 	opts   DecoderOptions
@@ -94,8 +94,10 @@ func (d *Decoder) begin() error {
 	switch {
 	case h.cowd || !h.compressed || !h.markers:
 		return unsupported("a stream of another kind of sparse file")
-	case h.overhead < sector || h.overhead > maxOverhead:
+	case h.overhead < sector:
 		return corrupt("%d bytes before the first grain", h.overhead)
+	case h.overhead > maxOverhead:
+		return unsupported("%d bytes before the first grain", h.overhead)
 	case h.descSize > 0 && (h.descOff > h.overhead || h.descSize > h.overhead-h.descOff):
 		return corrupt("descriptor of %d bytes at %d, data begin at %d", h.descSize, h.descOff, h.overhead)
 	}

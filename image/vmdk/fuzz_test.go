@@ -121,15 +121,20 @@ func FuzzDescriptor(f *testing.F) {
 			t.Fatalf("%d bytes", n)
 		}
 		text, err := d.Marshal()
-		if err != nil {
+		if err != nil { // what cannot be expressed
 			typed(t, err)
 			return
 		}
-		if d.CreateType == "" {
-			return
+		again, err := ParseDescriptor(text)
+		if err != nil {
+			t.Fatalf("what was read cannot be read again: %v\n%q", err, text)
 		}
-		if again, err := ParseDescriptor(text); err == nil && again.Size() != d.Size() {
-			t.Fatalf("%d bytes became %d", d.Size(), again.Size())
+		second, err := again.Marshal()
+		if err != nil || !bytes.Equal(text, second) {
+			t.Fatalf("%q became %q, %v", text, second, err)
+		}
+		if again.Size() != d.Size() || len(again.DDB) != len(d.DDB) || again.CID != d.CID || again.ParentCID != d.ParentCID {
+			t.Fatalf("%+v became %+v", d, again)
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -14,10 +15,13 @@ import (
 func TestReaderAgainstQemu(t *testing.T) {
 	needTool(t, "qemu-img")
 	s := seed(t)
-	sizes := []int{512, 65536*3 + 512, 33<<20 + 65024}
 	for i, format := range []string{
 		"monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized",
 	} {
+		sizes := []int{512, 65536*3 + 512}
+		if !strings.HasSuffix(format, "Flat") { // two grain tables
+			sizes = append(sizes, 33<<20+65024)
+		}
 		for k, size := range sizes {
 			dir := t.TempDir()
 			what := fmt.Sprintf("%s of %d", format, size)

@@ -3,7 +3,6 @@ package vmdk
 import (
 	"bytes"
 	"context"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -142,16 +141,4 @@ func decodeFile(t *testing.T, from, to string, size int64) {
 		return err
 	}))
 	require.NoError(t, out.Close())
-}
-
-func BenchmarkEncode(b *testing.B) {
-	disk := sparseDisk(rand.New(rand.NewPCG(1, 1)), 32<<20)
-	b.SetBytes(int64(len(disk)))
-	for b.Loop() {
-		w, err := NewStreamWriter(io.Discard, int64(len(disk)), nil)
-		require.NoError(b, err)
-		_, err = w.WriteAt(disk, 0)
-		require.NoError(b, err)
-		require.NoError(b, w.Commit())
-	}
 }

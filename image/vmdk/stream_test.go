@@ -82,8 +82,10 @@ func TestWriterRefuses(t *testing.T) {
 		_, err = NewStreamWriter(io.Discard, size, nil)
 		require.ErrorIs(t, err, ErrSize)
 	}
-	_, err = NewStreamWriter(io.Discard, 0, &StreamOptions{Name: "a\"b"})
-	require.ErrorIs(t, err, errors.ErrUnsupported)
+	for _, o := range []StreamOptions{{Name: "a\"b"}, {CID: NoParent}, {CID: NoParent - 1}, {Level: 10}, {Level: -1}} {
+		_, err = NewStreamWriter(io.Discard, 0, &o)
+		require.ErrorIs(t, err, errors.ErrUnsupported, "%+v", o)
+	}
 }
 
 // limited fails after n bytes.
@@ -229,6 +231,7 @@ func TestDecoderEndsWithItsCallback(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, int64(4<<20), d.Size())
 	require.Equal(t, "streamOptimized", d.Descriptor().CreateType)
+	require.Equal(t, uint32(defaultCID), d.Descriptor().CID)
 	mine := errors.New("mine")
 	require.Equal(t, mine, d.Decode(context.Background(), func(int64, []byte) error { return mine }))
 	var e *Error

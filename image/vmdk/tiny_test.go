@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -20,9 +19,6 @@ const (
 
 	editKinds = 7
 )
-
-// fieldEdits are the operations of editSectors that change a field.
-var fieldEdits = []byte{3, 4, 6}
 
 // tinyDisk has two holes, and ends within a grain of its own.
 func tinyDisk() []byte {
@@ -109,7 +105,8 @@ func tinyCOWD() []byte {
 	return b[:len(b)-2*tinyGrain]
 }
 
-// editSectors takes ops as operations with three operands each, on sectors or on fields of 4 bytes.
+// editSectors takes ops as operations with three operands each, on sectors or on fields of 4 bytes:
+// those that editsField tells.
 func editSectors(b, ops []byte) []byte {
 	le := binary.LittleEndian
 	for ; len(ops) >= 4 && len(b) >= sector && len(b) < 64<<10; ops = ops[4:] {
@@ -140,6 +137,14 @@ func editSectors(b, ops []byte) []byte {
 	return b
 }
 
+func editsField(op byte) bool {
+	switch op % editKinds {
+	case 3, 4, 6:
+		return true
+	}
+	return false
+}
+
 func TestTinyStreams(t *testing.T) {
 	for _, front := range []bool{false, true} {
 		b := tinyStream(t, front)
@@ -165,14 +170,14 @@ func TestTinyStreams(t *testing.T) {
 func TestEdits(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed(t), 0))
 	streams := [][]byte{tinyStream(t, false), tinyStream(t, true)}
-	for i := range 1500 {
+	for i := range 800 {
 		ops := make([]byte, 4*(1+r.IntN(3)))
 		for k := range ops {
 			ops[k] = byte(r.Uint32())
 		}
 		b := editSectors(bytes.Clone(streams[i%2]), ops)
 		tryStream(t, b)
-		if got, err := decode(b, nil); err == nil && len(ops) == 4 && !slices.Contains(fieldEdits, ops[0]%editKinds) {
+		if got, err := decode(b, nil); err == nil && len(ops) == 4 && !editsField(ops[0]) {
 			same(t, tinyDisk(), got, fmt.Sprintf("edited by %v", ops))
 		}
 	}

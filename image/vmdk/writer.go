@@ -18,6 +18,14 @@ const (
 	writeDesc     = 20 * sector
 	maxWorkers    = 16
 
+	// defaultLevel gives about the size that zlib's own default gives.
+	defaultLevel = 6
+
+	defaultCID = 0x686f6c64
+	// emptyCID is the content ID of a disk that was never written to, NoParent the only one above.
+	// VMware's tools keep away from both, because readers may take the disk for zeros.
+	emptyCID = 0xfffffffe
+
 	// maxStream is the largest file whose sectors a 32-bit entry can name, in bytes.
 	maxStream = (1<<32 - 1) * sector
 )
@@ -27,7 +35,7 @@ type StreamOptions struct {
 	Workers int    // compressions at a time; 0: one per processor, at most 16
 	Level   int    // of [compress/zlib], 1 to 9; 0: a level that serves speed and size
 	Name    string // file name in the descriptor; empty: "disk.vmdk"
-	CID     uint32 // content ID; 0: 0xfffffffe
+	CID     uint32 // content ID, by which a delta knows its parent; 0: 0x686f6c64
 	Adapter string // ddb.adapterType; empty: "lsilogic"
 }
 
@@ -102,15 +110,15 @@ func NewStreamWriter(w io.Writer, size int64, opts *StreamOptions) (*StreamWrite
 	return s, s.begin(o)
 }
 
-// defaultLevel gives about the size that zlib's own default gives.
-const defaultLevel = 6
-
 func (s *StreamWriter) begin(o StreamOptions) error {
 	if o.Name == "" {
 		o.Name = "disk.vmdk"
 	}
 	if o.CID == 0 {
-		o.CID = 0xfffffffe
+		o.CID = defaultCID
+	}
+	if o.CID >= emptyCID {
+		return &Error{Op: "create", Err: unsupported("content ID %08x", o.CID)}
 	}
 	if o.Adapter == "" {
 		o.Adapter = "lsilogic"
