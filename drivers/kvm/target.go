@@ -32,10 +32,9 @@ func (d *Driver) CreateVM(ctx context.Context, spec *hypervisor.VMSpec) (*hyperv
 	}
 	uuid, err := d.conn.define(ctx, p.xml)
 	if err != nil {
-		if ctx.Err() != nil {
-			err = errors.Join(err, d.undoCreate(ctx, spec.Name, p.owner))
-		}
-		return nil, fail(op, "", "", "", fmt.Errorf("define %s: %w", spec.Name, err))
+		// It may be defined all the same, if the answer was lost.
+		err = errors.Join(fmt.Errorf("define %s: %w", spec.Name, err), d.undoCreate(ctx, spec.Name, p.owner))
+		return nil, fail(op, "", "", hypervisor.Hint(err), err)
 	}
 	vm, err := d.fillVM(ctx, uuid, p)
 	if err != nil {
