@@ -247,20 +247,22 @@ func TestWaitingRecordsAreWrittenByClose(t *testing.T) {
 	c := newCrashFS()
 	j, err := Create("d", "r", Header{}, &Options{FS: c})
 	require.NoError(t, err)
+	_, err = j.Intend(Obligation{Kind: Thaw})
+	require.NoError(t, err)
 	j.mu.Lock()
 	b, err := j.enqueue(record{Op: opNote, Text: "waits"}, false, nil)
 	j.mu.Unlock()
 	require.NoError(t, err)
-	require.NoError(t, j.Close(true))
+	require.ErrorIs(t, j.Close(true), ErrOpen)
 	select {
 	case <-b.done:
 		require.NoError(t, b.err)
 	default:
 		require.Fail(t, "nobody wrote the record")
 	}
-	done, err := History("d", &Options{FS: c})
+	list, err := List("d", &Options{FS: c})
 	require.NoError(t, err)
-	require.Len(t, done[0].Notes, 1)
+	require.Len(t, list[0].Notes, 1)
 }
 
 // TestBrokenJournalRefusesWhatWaits: records behind the one that broke the journal are not written.
@@ -299,4 +301,60 @@ func TestTimesThatCannotBeWritten(t *testing.T) {
 	require.NoError(t, j.Note("", "still usable"))
 	j.opts = opts
 	require.ErrorContains(t, j.Close(false), "year")
+}
+
+// TestFailedWriteIsCutBack: what a failed write left in the file is not read after a later, shorter
+// one.
+func TestFailedWriteIsCutBack(t *testing.T) {
+	c := newCrashFS()
+	f := &faultFS{FS: c}
+	j, err := Create("d", "r", Header{}, &Options{FS: f})
+	require.NoError(t, err)
+	size := len(c.now["d/r.journal"].data)
+	f.at, f.after = f.ops+1, true
+	require.ErrorIs(t, j.Note("", strings.Repeat("long ", 100)), errInjected)
+	require.Equal(t, "WriteAt", f.what)
+	require.Len(t, c.now["d/r.journal"].data, size)
+	require.NoError(t, j.Close(false))
+}
+
+// renames is told of every renaming before it happens.
+type renames struct {
+	FS
+	f func(from, to string)
+}
+
+func (r renames) Rename(from, to string) error { r.f(from, to); return r.FS.Rename(from, to) }
+
+// TestSalvageKeepsTheDamagedFileFirst: names may become durable in any order, so that the copy of
+// the damaged file has to be before the new journal takes its place.
+func TestSalvageKeepsTheDamagedFileFirst(t *testing.T) {
+	c, asked := world(t), false
+	damaged := c.files()["d/hurt.journal"]
+	require.NoError(t, Salvage("d", "hurt", &Options{FS: renames{c, func(string, string) {
+		asked = true
+		require.Contains(t, c.durable, "d/hurt.damaged")
+		require.Equal(t, damaged, string(c.durable["d/hurt.damaged"].synced))
+		require.Contains(t, c.durable, "d/hurt.salvage")
+		require.Equal(t, c.now["d/hurt.salvage"].data, c.durable["d/hurt.salvage"].synced)
+	}}}))
+	require.True(t, asked)
+}
+
+// TestUnreadableRecordsAreTold: a record that is only half understood, or a head that is another
+// one, is an error with its number.
+func TestUnreadableRecordsAreTold(t *testing.T) {
+	const head = `{"op":"head","version":1,"head":{"run":"r"}}`
+	for _, payloads := range [][]string{{`{"op":"hello"}`}, {head, `{"op":"note","text":5}`}} {
+		b := []byte(magic)
+		for i, p := range payloads {
+			b = appendFrame(b, frame{seq: uint64(i + 1), payload: []byte(p)})
+		}
+		c := newCrashFS()
+		c.now["d/r.journal"] = &inode{data: b, synced: b}
+		list, err := List("d", &Options{FS: c})
+		require.NoError(t, err)
+		require.ErrorIs(t, list[0].Err, ErrFormat)
+		require.ErrorContains(t, list[0].Err, fmt.Sprintf("record %d", len(payloads)))
+	}
 }

@@ -264,10 +264,7 @@ func (j *Journal) finish(keep bool) error {
 
 // prune removes all but the newest finished journals. The caller holds the directory lock.
 func prune(fsys FS, dir string) error {
-	infos, err := fsys.ReadDir(dir)
-	if err != nil {
-		return err
-	}
+	infos, err := fsys.ReadDir(dir) // with an error there are none
 	infos = slices.DeleteFunc(infos, func(i Info) bool { return !strings.HasSuffix(i.Name, doneSuffix) })
 	slices.SortFunc(infos, newestFirst)
 	for _, i := range infos[min(keepDone, len(infos)):] {
