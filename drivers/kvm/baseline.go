@@ -404,7 +404,7 @@ func (d *Driver) roomForBitmaps(m *machine) error {
 		if disk.Backing != hypervisor.File || disk.Tracking != hypervisor.TrackingBlocks || !filepath.IsAbs(disk.Storage) {
 			continue
 		}
-		free, total, err := freeSpace(disk.Storage)
+		free, total, err := d.files.space(disk.Storage)
 		if err == nil && free < total/50 {
 			return &hypervisor.Error{
 				Op: "remove bitmaps", Platform: hypervisor.KVM, VM: m.ID, Disk: disk.ID,

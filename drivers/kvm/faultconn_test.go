@@ -3,6 +3,7 @@ package kvm
 import (
 	"context"
 	"errors"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -68,7 +69,12 @@ func (f *faults) unfinished(roots ...context.Context) (n int) {
 // call is named after them.
 var onTheWay = map[string]string{
 	"(*Driver).thawUntil": "thaw", "(*Driver).shutDown1": "clean end", "(*snapshot).lost": "look", "(*Driver).stopStarted": "stop",
+	"(*snapshot).guard": "guard", "(*Driver).attachments": "attachments", "(*Driver).roomForBitmaps": "room", "(*diskWriter).Close": "close",
 }
+
+// asks are calls without an effect: that their answer is lost is no other case.
+var asks = regexp.MustCompile(`(domainXML|state|persistent|managedSave|capacity|checkpoints|checkpointXML|backupXML|jobType|jobOperation|` +
+	`blockJob|lookupName|domains|versions|hostname|networkExists|poolXML|file (stat|lstat|readDir|space|Read|ReadAt|Seek))$`)
 
 // way names the function on whose behalf a call is made.
 func way() string {

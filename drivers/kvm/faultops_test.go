@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -21,8 +22,6 @@ type faultOp struct {
 	// tolerated are calls, by the beginning of their name, whose failure is no failure
 	// of the operation, and why.
 	tolerated map[string]string
-	// detached are calls of cleanups, which do not end with the caller's context.
-	detached []string
 	// partial: what it leaves is the state of a VM that the caller goes on with.
 	partial bool
 	// once: it cannot be repeated in the same world.
@@ -31,9 +30,11 @@ type faultOp struct {
 
 var (
 	probed = map[string]string{
-		"agent":    "an inventory says that the agent does not answer",
-		"thaw":     "is tried again until the guest is seen thawed",
-		"capacity": "the disk is not in the snapshot, with the reason",
+		"agent":       "an inventory says that the agent does not answer",
+		"thaw":        "is tried again until the guest is seen thawed",
+		"capacity":    "the disk is not in the snapshot, with the reason",
+		"room":        "of what lies elsewhere nothing is known",
+		"attachments": "the size of one that cannot be looked at is unknown",
 	}
 	quiesce = hypervisor.SnapshotOptions{Quiesce: hypervisor.FilesystemConsistent, MinConsistency: hypervisor.FilesystemConsistent}
 )
@@ -138,13 +139,13 @@ var faultOps = []faultOp{
 		w.f.cps = map[string]string{}
 	}, tolerated: map[string]string{
 		"agent": "as above", "capacity": "as above",
-		"checkpointCreate": "the disks are read in full, with the reason",
+		"checkpointCreate": "the disks are read in full, with the reason", "room": "as above",
 	}, run: func(ctx context.Context, w *faultWorld) error {
 		return w.backup(ctx, hypervisor.SnapshotOptions{Since: w.base})
 	}},
 	{name: "of a VM that was shut down", setUp: off(shutoffShutdown), tolerated: map[string]string{
 		"capacity":  "as above",
-		"clean end": "the domain is ended in another way",
+		"clean end": "the domain is ended in another way", "room": "as above",
 	}, run: func(ctx context.Context, w *faultWorld) error {
 		return w.backup(ctx, hypervisor.SnapshotOptions{})
 	}},
@@ -200,7 +201,7 @@ var faultOps = []faultOp{
 		w.f.lost = []string{"vdb"}
 	}, tolerated: map[string]string{
 		"agent": "as above", "capacity": "as above",
-		"checkpointCreate": "then no bitmap of it is left",
+		"checkpointCreate": "then no bitmap of it is left", "room": "as above",
 	}, run: forgetLast},
 	{name: "thaw", setUp: func(w *faultWorld) {
 		require.NoError(w.t, w.d.editNotes(w.ctx, testUUID, affectLive, func(n *notes) { n.Freeze = &runNote{Run: run2} }))
@@ -213,7 +214,7 @@ var faultOps = []faultOp{
 		}
 		return err
 	}},
-	{name: "create a VM", setUp: noVM, run: func(ctx context.Context, w *faultWorld) error {
+	{name: "create a VM", setUp: noVM, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
 		vm, err := w.d.CreateVM(ctx, spec(w))
 		if err != nil {
 			return err
@@ -224,7 +225,9 @@ var faultOps = []faultOp{
 		w.conn.f.disarm() // how it is deleted is another operation
 		return w.d.DeleteVM(w.ctx, vm.ID)
 	}},
-	{name: "write its disks", setUp: incompleteVM, partial: true, once: true, run: writeDisks},
+	{name: "write its disks", setUp: incompleteVM, partial: true, once: true, run: writeDisks, tolerated: map[string]string{
+		"file punch": "zeros are written instead",
+	}},
 	{name: "finish it", setUp: writtenVM, partial: true, once: true, run: func(ctx context.Context, w *faultWorld) error {
 		if err := w.d.FinishVM(ctx, vmID); err != nil {
 			if again := w.d.FinishVM(w.ctx, vmID); again != nil {
@@ -237,10 +240,11 @@ var faultOps = []faultOp{
 			return err
 		}
 		var b [4096]byte
-		if _, err := r.ReadAt(b[:], 0); err != nil || b[4095] != 7 {
-			w.wrong("read %v %d", err, b[4095])
+		_, err = r.ReadAt(b[:], 0)
+		if err == nil && b[4095] != 7 {
+			w.wrong("read %d", b[4095])
 		}
-		return r.Close()
+		return errors.Join(err, r.Close())
 	}, tolerated: probed},
 	{name: "power", setUp: finishedVM, partial: true, run: func(ctx context.Context, w *faultWorld) error {
 		for i, p := range []hypervisor.Power{hypervisor.PowerOn, hypervisor.PowerOff, hypervisor.PowerOn, hypervisor.Shutdown} {
@@ -295,17 +299,23 @@ func TestEveryCallOfEveryOperationFails(t *testing.T) {
 	for i := range faultOps {
 		op := &faultOps[i]
 		t.Run(op.name, func(t *testing.T) {
+			t.Parallel()
 			runs := 0
 			settles(t, op, 0, before)
 			for k := 1; ; k++ {
-				if settles(t, op, k, before) == "" {
-					require.Greater(t, runs, 5)
-					t.Logf("%d runs", runs)
+				what := settles(t, op, k, before)
+				if what == "" {
+					require.Greater(t, runs, 1)
+					t.Logf("each of %d calls", runs)
 					return
 				}
-				settles(t, op, k, after)
-				settles(t, op, k, canceled)
-				runs += 3
+				if !asks.MatchString(what) {
+					settles(t, op, k, after)
+				}
+				if !strings.Contains(what, onFile) { // they know no context
+					settles(t, op, k, canceled)
+				}
+				runs++
 			}
 		})
 	}
