@@ -24,6 +24,8 @@ type faultOp struct {
 	tolerated map[string]string
 	// partial: what it leaves is the state of a VM that the caller goes on with.
 	partial bool
+	// undone: it leaves nothing even if an answer was lost.
+	undone bool
 	// once: it cannot be repeated in the same world.
 	once bool
 }
@@ -122,13 +124,13 @@ var faultOps = []faultOp{
 		}
 		return errors.Join(expect("VMs", len(vms), 2), expect("VMs of the name", len(named), 1), expect("disks", len(vm.Disks), 3))
 	}},
-	{name: "full", tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
+	{name: "full", undone: true, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
 		return w.backup(ctx, hypervisor.SnapshotOptions{})
 	}},
 	{name: "quiesced", tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
 		return w.backup(ctx, quiesce, "vda", "vdb")
 	}, once: true},
-	{name: "incremental", setUp: keepsBaselines, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
+	{name: "incremental", undone: true, setUp: keepsBaselines, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
 		return w.backup(ctx, hypervisor.SnapshotOptions{Since: w.base})
 	}},
 	{name: "one disk kept", setUp: keepsBaselines, tolerated: probed, once: true, run: func(ctx context.Context, w *faultWorld) error {
@@ -214,7 +216,7 @@ var faultOps = []faultOp{
 		}
 		return err
 	}},
-	{name: "create a VM", setUp: noVM, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
+	{name: "create a VM", undone: true, setUp: noVM, tolerated: probed, run: func(ctx context.Context, w *faultWorld) error {
 		vm, err := w.d.CreateVM(ctx, spec(w))
 		if err != nil {
 			return err
