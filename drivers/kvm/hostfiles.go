@@ -48,13 +48,10 @@ func (osFiles) rename(from, to string) error               { return os.Rename(fr
 
 func (osFiles) space(path string) (free, total int64, err error) { return freeSpace(path) }
 
-// open makes files that the owner alone may use.
+// open makes files that the owner alone may use. With an error the file is of no use.
 func (osFiles) open(path string, flag int) (hostFile, error) {
 	f, err := os.OpenFile(path, flag, 0o600)
-	if err != nil {
-		return nil, err // not a nil file in an interface
-	}
-	return osFile{f}, nil
+	return osFile{f}, err
 }
 
 func (f osFile) punch(off, n int64) error { return punch(f.File, off, n) }
