@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
 	"iter"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -258,6 +260,7 @@ func TestLossOfTheJobIsTheCause(t *testing.T) {
 		require.ErrorIs(t, r.usable(), c.want)
 		require.NoError(t, disk.Close())
 		require.NoError(t, r.Release(t.Context(), nil), name)
+		require.Zero(t, r.w.conn.f.unfinished(t.Context()), "%s: contexts are not ended", name)
 	}
 	// No answer is no proof.
 	w := newFaultWorld(t, nil)
@@ -424,5 +427,25 @@ func TestLostLevelThawsFirst(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, thawed)
 	require.NoError(t, s.Release(t.Context(), nil))
+	require.NoError(t, w.d.Close())
+}
+
+// TestAttachmentsAreOpenedOrSayWhy: by whoever still wants them, and where they are.
+func TestAttachmentsAreOpenedOrSayWhy(t *testing.T) {
+	w := newFaultWorld(t, nil)
+	path := filepath.Join(w.dir, "vars")
+	_, err := w.d.opener(path)(t.Context())
+	require.ErrorIs(t, err, fs.ErrNotExist)
+	f, err := w.d.files.open(path, os.O_WRONLY|os.O_CREATE)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	r, err := w.d.opener(path)(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, r.Close())
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = w.d.opener(path)(ctx)
+	require.ErrorIs(t, err, context.Canceled)
+	require.Zero(t, w.files.opened.Load())
 	require.NoError(t, w.d.Close())
 }
