@@ -28,7 +28,7 @@ func (d *Driver) attachments(dom *libvirtxml.Domain) []hypervisor.Attachment {
 		}
 		a := hypervisor.Attachment{Name: name, Kind: name, Size: -1, Open: d.opener(path)}
 		if d.ep.local {
-			fi, err := os.Stat(path)
+			fi, err := d.files.stat(path)
 			if os.IsNotExist(err) && name == attachNVRAM {
 				return // made at the first start
 			}
@@ -59,7 +59,7 @@ func (d *Driver) opener(path string) func(context.Context) (io.ReadCloser, error
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		f, err := os.Open(path)
+		f, err := d.files.open(path, os.O_RDONLY)
 		if err != nil {
 			return nil, fail("attachment", "", "", "", fmt.Errorf("read %s: %w", path, err))
 		}

@@ -293,7 +293,15 @@ func (d *Driver) ForgetBaseline(ctx context.Context, b hypervisor.Baseline) erro
 // forget notes that disks of a checkpoint are not needed, and deletes the
 // checkpoint when none is.
 func (d *Driver) forget(ctx context.Context, uuid, name string, which func(disk string) bool) error {
+	drop := func() error {
+		return d.editNotes(ctx, uuid, affectLive|affectConfig, func(n *notes) {
+			n.drop(func(cp string) bool { return cp == name })
+		})
+	}
 	c, err := d.checkpoint(ctx, uuid, name)
+	if virCode(err) == virNoCheckpoint {
+		return drop() // whoever deleted it may not have come to that
+	}
 	if err != nil {
 		return err
 	}
@@ -327,9 +335,7 @@ func (d *Driver) forget(ctx context.Context, uuid, name string, which func(disk 
 	if err := d.deleteCheckpoint(ctx, uuid, name); err != nil {
 		return err
 	}
-	return d.editNotes(ctx, uuid, affectLive|affectConfig, func(n *notes) {
-		n.drop(func(cp string) bool { return cp == name })
-	})
+	return drop()
 }
 
 // deleteCheckpoint removes a checkpoint of ours and its bitmaps. Where a bitmap
@@ -377,10 +383,9 @@ func (d *Driver) deleteBroken(ctx context.Context, m *machine, name string) erro
 		return err
 	}
 	t := &token{Version: 1, Created: c.Created, Disks: c.tracked(), All: c.Description}
-	if err := d.redefine(ctx, m.VM, name, t); err != nil {
-		d.cfg.Logger.InfoContext(ctx, "no bitmap of the checkpoint is left", "vm", m.Name, "checkpoint", name, "error", err)
-		return nil
-	}
+	// An error is no proof that it was not defined: without it there is nothing to delete.
+	err = d.redefine(ctx, m.VM, name, t)
+	d.cfg.Logger.InfoContext(ctx, "checkpoint defined again for the bitmaps that are left", "vm", m.Name, "checkpoint", name, "error", err)
 	err = d.conn.checkpointDelete(ctx, m.UUID, name, 0)
 	if code := virCode(err); code == virInternal || code == virCheckpointBroken {
 		return d.conn.checkpointDelete(ctx, m.UUID, name, metadataOnly)
@@ -399,7 +404,7 @@ func (d *Driver) roomForBitmaps(m *machine) error {
 		if disk.Backing != hypervisor.File || disk.Tracking != hypervisor.TrackingBlocks || !filepath.IsAbs(disk.Storage) {
 			continue
 		}
-		free, total, err := freeSpace(disk.Storage)
+		free, total, err := d.files.space(disk.Storage)
 		if err == nil && free < total/50 {
 			return &hypervisor.Error{
 				Op: "remove bitmaps", Platform: hypervisor.KVM, VM: m.ID, Disk: disk.ID,

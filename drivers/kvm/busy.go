@@ -88,7 +88,7 @@ func (d *Driver) job(ctx context.Context, uuid string) (*backupJob, error) {
 // checkScratch refuses a backup for which there is too little scratch space.
 // sizes is the sum of the disks' sizes in bytes.
 func (d *Driver) checkScratch(sizes int64) error {
-	free, total, err := freeSpace(d.cfg.ScratchDir)
+	free, total, err := d.files.space(d.cfg.ScratchDir)
 	if err != nil {
 		return fmt.Errorf("scratch directory: %w", err)
 	}
@@ -120,7 +120,7 @@ func guardPause(headroom int64) time.Duration {
 
 // leftovers lists the owner names of scratch files of this domain.
 func (d *Driver) leftovers(uuid string) ([]string, error) {
-	entries, err := os.ReadDir(d.cfg.ScratchDir)
+	entries, err := d.files.readDir(d.cfg.ScratchDir)
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +142,7 @@ const markDisk = "job"
 // when the job ends, and QEMU leaves its socket: a process that is killed in
 // between would leave a file that nobody can assign.
 func (d *Driver) mark(owner, uuid string) error {
-	f, err := os.OpenFile(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)), os.O_WRONLY|os.O_CREATE, 0o600)
+	f, err := d.files.open(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)), os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return fmt.Errorf("scratch directory: %w", err)
 	}
@@ -153,27 +153,39 @@ func (d *Driver) mark(owner, uuid string) error {
 // Only regular files and sockets go, whatever somebody put there.
 func (d *Driver) removeFiles(owner, uuid string) error {
 	sock := filepath.Join(d.cfg.SocketDir, socketName(owner, uuid))
-	if fi, err := os.Lstat(sock); err == nil && fi.Mode()&os.ModeSocket != 0 {
-		if err := removeFile(sock); err != nil {
-			return err
-		}
+	if err := d.removeIf(sock, func(m fs.FileMode) bool { return m&fs.ModeSocket != 0 }); err != nil {
+		return err
 	}
-	entries, err := os.ReadDir(d.cfg.ScratchDir)
+	entries, err := d.files.readDir(d.cfg.ScratchDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	for _, e := range entries {
 		if o, id, disk, ok := parseScratch(e.Name()); ok && o == owner && id == uuid && disk != markDisk && e.Type().IsRegular() {
-			if err := removeFile(filepath.Join(d.cfg.ScratchDir, e.Name())); err != nil {
+			if err := d.removeFile(filepath.Join(d.cfg.ScratchDir, e.Name())); err != nil {
 				return err
 			}
 		}
 	}
-	return removeFile(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)))
+	return d.removeFile(filepath.Join(d.cfg.ScratchDir, scratchName(owner, uuid, markDisk)))
 }
 
-func removeFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// removeIf removes what is at path if it is of the right sort. Nothing need be there.
+func (d *Driver) removeIf(path string, ok func(fs.FileMode) bool) error {
+	fi, err := d.files.lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case !ok(fi.Mode()):
+		return nil
+	}
+	return d.removeFile(path)
+}
+
+func (d *Driver) removeFile(path string) error {
+	if err := d.files.remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

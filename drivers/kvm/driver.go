@@ -16,8 +16,10 @@ type Driver struct {
 	cfg  Config
 	ep   *endpoint
 	conn conn
-	info hypervisor.Info
-	host string
+	// files is replaced by tests.
+	files hostFiles
+	info  hypervisor.Info
+	host  string
 
 	meta semaphore // held while a domain's metadata is read, changed and written
 
@@ -82,7 +84,7 @@ func newDriver(ctx context.Context, cfg Config, ep *endpoint, c conn) (*Driver, 
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{cfg: cfg, ep: ep, conn: c, host: host, meta: newSemaphore()}
+	d := &Driver{cfg: cfg, ep: ep, conn: c, files: osFiles{}, host: host, meta: newSemaphore()}
 	d.life, d.stop = context.WithCancel(context.Background())
 	d.info = hypervisor.Info{
 		Platform:  hypervisor.KVM,

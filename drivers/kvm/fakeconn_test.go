@@ -32,6 +32,12 @@ type fakeConn struct {
 
 	// begin, if set, judges a job before it begins.
 	begin func(job *backupJob, cp string) error
+	// gone: there is no domain until one is defined. other: there is a second one.
+	gone, other bool
+	// lost are disks whose bitmaps are gone from their images.
+	lost []string
+	// pools are directories by the name of their storage pool.
+	pools map[string]string
 	// agentReply answers agent commands.
 	agentReply func(command string) (string, error)
 	jobKind    int
@@ -81,14 +87,21 @@ func (f *fakeConn) hostname(ctx context.Context) (string, error) {
 }
 
 func (f *fakeConn) domains(ctx context.Context) ([]string, error) {
-	return []string{testUUID}, f.enter(ctx, "domains")
+	var out []string
+	if !f.gone {
+		out = append(out, testUUID)
+	}
+	if f.other {
+		out = append(out, otherUUID)
+	}
+	return out, f.enter(ctx, "domains")
 }
 
 func (f *fakeConn) lookupName(ctx context.Context, name string) (string, error) {
 	if err := f.enter(ctx, "lookupName"); err != nil {
 		return "", err
 	}
-	if name != "web1" {
+	if name != "web1" || f.gone {
 		return "", vir(virNoDomain, "Domain not found")
 	}
 	return testUUID, nil
@@ -98,7 +111,10 @@ func (f *fakeConn) find(ctx context.Context, call, uuid string) error {
 	if err := f.enter(ctx, call); err != nil {
 		return err
 	}
-	if uuid != testUUID {
+	if uuid == otherUUID && f.other {
+		return nil
+	}
+	if uuid != testUUID || f.gone {
 		return vir(virNoDomain, "Domain not found: no domain with matching uuid '%s'", uuid)
 	}
 	return nil
@@ -106,6 +122,9 @@ func (f *fakeConn) find(ctx context.Context, call, uuid string) error {
 
 func (f *fakeConn) domainXML(ctx context.Context, uuid string, flags uint32) (string, error) {
 	err := f.find(ctx, "domainXML", uuid)
+	if uuid == otherUUID && err == nil {
+		return otherDomain, nil
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	which := uint32(affectConfig)
@@ -139,21 +158,51 @@ func (f *fakeConn) capacity(ctx context.Context, uuid, _ string) (int64, error) 
 	return 1 << 20, f.find(ctx, "capacity", uuid)
 }
 
-func (f *fakeConn) define(ctx context.Context, _ string) (string, error) {
-	return testUUID, f.enter(ctx, "define")
+func (f *fakeConn) define(ctx context.Context, text string) (string, error) {
+	if err := f.enter(ctx, "define"); err != nil {
+		return "", err
+	}
+	dom, err := parseDomain(text)
+	if err != nil {
+		return "", err
+	}
+	n, err := notesOf(dom)
+	if err != nil {
+		return "", err
+	}
+	meta, err := n.render()
+	if err != nil {
+		return "", err
+	}
+	dom.UUID, dom.Metadata = testUUID, nil
+	text, err = marshalDomain(dom)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.xml = strings.Replace(text, "</uuid>", "</uuid><!--metadata-->", 1)
+	f.meta[affectConfig], f.state0, f.gone = meta, stateShutoff, false
+	return testUUID, err
 }
 
 func (f *fakeConn) undefine(ctx context.Context, uuid string, _ uint32) error {
-	return f.find(ctx, "undefine", uuid)
+	if err := f.find(ctx, "undefine", uuid); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.gone = true
+	return nil
 }
 
-func (f *fakeConn) start(ctx context.Context, uuid string, _ uint32) error {
+func (f *fakeConn) start(ctx context.Context, uuid string, flags uint32) error {
 	if err := f.find(ctx, "start", uuid); err != nil {
 		return err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.state0 = statePaused
+	if flags&startPaused == 0 {
+		f.state0 = stateRunning
+	}
 	f.meta[affectLive] = f.meta[affectConfig]
 	f.starts++
 	return nil
@@ -170,9 +219,24 @@ func (f *fakeConn) destroy(ctx context.Context, uuid string) error {
 }
 
 func (f *fakeConn) shutdown(ctx context.Context, uuid string) error {
-	return f.find(ctx, "shutdown", uuid)
+	if err := f.find(ctx, "shutdown", uuid); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.state0, f.reason = stateShutoff, shutoffShutdown
+	return nil
 }
-func (f *fakeConn) resume(ctx context.Context, uuid string) error { return f.find(ctx, "resume", uuid) }
+
+func (f *fakeConn) resume(ctx context.Context, uuid string) error {
+	if err := f.find(ctx, "resume", uuid); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.state0 = stateRunning
+	return nil
+}
 
 func (f *fakeConn) setMetadata(ctx context.Context, uuid, xml string, flags uint32) error {
 	if err := f.find(ctx, "setMetadata", uuid); err != nil {
@@ -293,10 +357,23 @@ func (f *fakeConn) checkpointCreate(ctx context.Context, uuid, text string, _ ui
 	if err != nil {
 		return err
 	}
+	if disk := f.lostOf(c); disk != "" {
+		return vir(virCheckpointBroken, "checkpoint inconsistent: missing or broken bitmap '%s' for disk '%s'", c.Name, disk)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.cps[c.Name] = text
 	return nil
+}
+
+// lostOf names a disk of a checkpoint whose bitmap is lost.
+func (f *fakeConn) lostOf(c *checkpoint) string {
+	for _, disk := range c.tracked() {
+		if slices.Contains(f.lost, disk) {
+			return disk
+		}
+	}
+	return ""
 }
 
 func (f *fakeConn) checkpointDelete(ctx context.Context, uuid, name string, flags uint32) error {
@@ -305,6 +382,13 @@ func (f *fakeConn) checkpointDelete(ctx context.Context, uuid, name string, flag
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	text, ok := f.cps[name]
+	if !ok {
+		return vir(virNoCheckpoint, "Domain checkpoint not found: no domain checkpoint with matching name '%s'", name)
+	}
+	if c, err := parseCheckpoint(text); flags&metadataOnly == 0 && (err != nil || f.lostOf(c) != "") {
+		return vir(virCheckpointBroken, "checkpoint inconsistent: a bitmap of '%s' is lost", name)
+	}
 	delete(f.cps, name)
 	return nil
 }
@@ -347,8 +431,8 @@ func (f *fakeConn) networkExists(ctx context.Context, name string) (bool, error)
 	return name == "default", f.enter(ctx, "networkExists")
 }
 
-func (f *fakeConn) poolXML(ctx context.Context, _ string) (string, error) {
-	return "", f.enter(ctx, "poolXML")
+func (f *fakeConn) poolXML(ctx context.Context, name string) (string, error) {
+	return "<pool type='dir'><target><path>" + f.pools[name] + "</path></target></pool>", f.enter(ctx, "poolXML")
 }
 
 func (f *fakeConn) close() error { return nil }
@@ -363,6 +447,12 @@ const fakeDomain = `<domain type='qemu'><name>web1</name><uuid>` + testUUID + `<
 <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
 <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
 </devices></domain>`
+
+const otherUUID = "00000000-5d5e-4a4c-9d6a-0123456789ab"
+
+const otherDomain = `<domain type='qemu'><name>other</name><uuid>` + otherUUID + `</uuid><memory unit='KiB'>65536</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
+<interface type='user'><mac address='52:54:00:00:00:99'/></interface></devices></domain>`
 
 // fakeDriver is a driver on a fake daemon that counts as local.
 func fakeDriver(t *testing.T, f *fakeConn) *Driver {

@@ -36,7 +36,7 @@ func (s *snapshot) guard(ctx context.Context) {
 	d := s.d
 	checked := d.cfg.Clock()
 	for {
-		free, total, err := freeSpace(d.cfg.ScratchDir)
+		free, total, err := d.files.space(d.cfg.ScratchDir)
 		if err != nil {
 			s.giveUp(ctx, fmt.Errorf("scratch space cannot be watched: %w", err))
 			return

@@ -24,8 +24,8 @@ func noSpace(err error) error {
 
 // emptyImage makes, or makes anew, the unfinished image of a disk: it reads as
 // zeros. flag is added to the open flags.
-func emptyImage(f *fileNote, flag int) (err error) {
-	file, err := os.OpenFile(f.Path+partialSuffix, os.O_RDWR|os.O_CREATE|flag, 0o600)
+func (d *Driver) emptyImage(f *fileNote, flag int) (err error) {
+	file, err := d.files.open(f.Path+partialSuffix, os.O_RDWR|os.O_CREATE|flag)
 	if err != nil {
 		return err
 	}
@@ -52,7 +52,8 @@ type diskWriter struct {
 	ctx  context.Context //nolint:containedctx // governs the writer's life
 	vm   hypervisor.VMID
 	note fileNote
-	file *os.File
+	d    *Driver
+	file hostFile
 	qcow *qcow2.Writer // nil for raw
 
 	mu   sync.Mutex
@@ -90,11 +91,11 @@ func (d *Driver) openWriter(ctx context.Context, id hypervisor.VMID, disk hyperv
 	if note == nil {
 		return nil, hypervisor.ErrNotFound
 	}
-	file, err := os.OpenFile(note.Path+partialSuffix, os.O_RDWR, 0)
+	file, err := d.files.open(note.Path+partialSuffix, os.O_RDWR)
 	if err != nil {
 		return nil, err
 	}
-	w := &diskWriter{ctx: ctx, vm: id, note: *note, file: file}
+	w := &diskWriter{d: d, ctx: ctx, vm: id, note: *note, file: file}
 	err = file.Truncate(0)
 	switch {
 	case err != nil:
@@ -164,7 +165,7 @@ func (w *diskWriter) WriteZeroes(off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	err := punch(w.file, off, n)
+	err := w.file.punch(off, n)
 	if err != nil {
 		zeros := make([]byte, min(n, 1<<20))
 		for err = nil; n > 0 && err == nil; {
@@ -206,7 +207,7 @@ func (w *diskWriter) Close() error {
 	err := w.file.Close()
 	w.file, w.done = nil, true
 	if !w.ok {
-		err = errors.Join(err, emptyImage(&w.note, 0))
+		err = errors.Join(err, w.d.emptyImage(&w.note, 0))
 	}
 	return w.fail("Close", err)
 }
@@ -217,7 +218,7 @@ type imageReader struct {
 	ctx  context.Context //nolint:containedctx // governs the reader's life
 	fail func(error) error
 	size int64
-	file *os.File
+	file hostFile
 }
 
 func (r *imageReader) Size() int64  { return r.size }
@@ -278,7 +279,7 @@ func (d *Driver) openImage(ctx context.Context, id hypervisor.VMID, disk hypervi
 	case format != "raw" && format != "qcow2":
 		return nil, fmt.Errorf("format %s: %w", format, errors.ErrUnsupported)
 	}
-	file, err := os.Open(path)
+	file, err := d.files.open(path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
@@ -299,8 +300,8 @@ func (d *Driver) openImage(ctx context.Context, id hypervisor.VMID, disk hypervi
 }
 
 // syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	f, err := os.Open(filepath.Clean(dir))
+func (d *Driver) syncDir(dir string) error {
+	f, err := d.files.open(filepath.Clean(dir), os.O_RDONLY)
 	if err != nil {
 		return err
 	}

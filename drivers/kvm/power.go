@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -37,12 +38,12 @@ func (d *Driver) finishVM(ctx context.Context, uuid string) error {
 		if f.Disk == "" {
 			continue
 		}
-		if err := finishFile(f); err != nil {
+		if err := d.finishFile(f); err != nil {
 			return fmt.Errorf("disk %s: %w", f.Disk, err)
 		}
 	}
 	for dir := range dirs {
-		if err := syncDir(dir); err != nil {
+		if err := d.syncDir(dir); err != nil {
 			return err
 		}
 	}
@@ -50,10 +51,10 @@ func (d *Driver) finishVM(ctx context.Context, uuid string) error {
 }
 
 // finishFile renames one image, unless an earlier attempt did.
-func finishFile(f *fileNote) error {
-	_, err := os.Lstat(f.Path + partialSuffix)
+func (d *Driver) finishFile(f *fileNote) error {
+	_, err := d.files.lstat(f.Path + partialSuffix)
 	if os.IsNotExist(err) {
-		if _, err := os.Lstat(f.Path); err != nil {
+		if _, err := d.files.lstat(f.Path); err != nil {
 			return err
 		}
 		return nil
@@ -66,10 +67,12 @@ func finishFile(f *fileNote) error {
 			return fmt.Errorf("it is being written, or was not committed: %w: %w", hypervisor.ErrBusy, err)
 		}
 	}
-	if _, err := os.Lstat(f.Path); err == nil {
+	if _, err := d.files.lstat(f.Path); err == nil {
 		return fmt.Errorf("%s: %w", f.Path, hypervisor.ErrExists)
+	} else if !os.IsNotExist(err) {
+		return err
 	}
-	return os.Rename(f.Path+partialSuffix, f.Path)
+	return d.files.rename(f.Path+partialSuffix, f.Path)
 }
 
 // SetPower starts, destroys or shuts down a domain and waits until it is so. A
@@ -162,10 +165,8 @@ func (d *Driver) deleteVM(ctx context.Context, uuid string) error {
 		for i := range n.Created.Files {
 			path := n.Created.Files[i].Path
 			for _, p := range []string{path, path + partialSuffix} {
-				if fi, err := os.Lstat(p); err == nil && fi.Mode().IsRegular() {
-					if err := removeFile(p); err != nil {
-						return err
-					}
+				if err := d.removeIf(p, fs.FileMode.IsRegular); err != nil {
+					return err
 				}
 			}
 		}

@@ -84,7 +84,13 @@ func (d *Driver) dismantle(ctx context.Context, uuid, name string, keep []hyperv
 	}
 	// A process that was killed may have left its call to begin the job with
 	// libvirt, which had not come to it when this began to look.
-	if j, err := d.job(ctx, uuid); err == nil && j != nil && j.owner(uuid) == name {
+	j, err := d.job(ctx, uuid)
+	switch {
+	case errors.Is(err, hypervisor.ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	case j != nil && j.owner(uuid) == name:
 		return d.dismantle(ctx, uuid, name, keep)
 	}
 	return nil

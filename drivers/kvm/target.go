@@ -32,10 +32,9 @@ func (d *Driver) CreateVM(ctx context.Context, spec *hypervisor.VMSpec) (*hyperv
 	}
 	uuid, err := d.conn.define(ctx, p.xml)
 	if err != nil {
-		if ctx.Err() != nil {
-			err = errors.Join(err, d.undoCreate(ctx, spec.Name, p.owner))
-		}
-		return nil, fail(op, "", "", "", fmt.Errorf("define %s: %w", spec.Name, err))
+		// It may be defined all the same, if the answer was lost.
+		err = errors.Join(fmt.Errorf("define %s: %w", spec.Name, err), d.undoCreate(ctx, spec.Name, p.owner))
+		return nil, fail(op, "", "", hypervisor.Hint(err), err)
 	}
 	vm, err := d.fillVM(ctx, uuid, p)
 	if err != nil {
@@ -214,7 +213,7 @@ func (d *Driver) placeDisks(ctx context.Context, spec *hypervisor.VMSpec, p *vmP
 			return err
 		}
 		need[dir] += s.Size
-		if disk.path, err = freePath(dir, fileBase(spec.Name)+"-"+disk.dev, "."+disk.format); err != nil {
+		if disk.path, err = d.freePath(dir, fileBase(spec.Name)+"-"+disk.dev, "."+disk.format); err != nil {
 			return err
 		}
 		p.disks = append(p.disks, disk)
@@ -225,7 +224,7 @@ func (d *Driver) placeDisks(ctx context.Context, spec *hypervisor.VMSpec, p *vmP
 		p.notes.Created.Files = append(p.notes.Created.Files, f)
 	}
 	for dir, n := range need {
-		free, _, err := freeSpace(dir)
+		free, _, err := d.files.space(dir)
 		if err != nil {
 			return err
 		}
@@ -291,19 +290,21 @@ func fileBase(name string) string {
 const partialSuffix = ".partial"
 
 // freePath returns a path in dir at which nothing is, nor anything unfinished.
-func freePath(dir, base, ext string) (string, error) {
+func (d *Driver) freePath(dir, base, ext string) (string, error) {
 	for n := range 1000 {
 		p := filepath.Join(dir, base+ext)
 		if n > 0 {
 			p = filepath.Join(dir, fmt.Sprintf("%s.%d%s", base, n, ext))
 		}
-		_, err := os.Lstat(p)
-		_, perr := os.Lstat(p + partialSuffix)
+		_, err := d.files.lstat(p)
+		_, perr := d.files.lstat(p + partialSuffix)
 		if os.IsNotExist(err) && os.IsNotExist(perr) {
 			return p, nil
 		}
-		if err != nil && !os.IsNotExist(err) {
-			return "", err
+		for _, err := range []error{err, perr} {
+			if err != nil && !os.IsNotExist(err) {
+				return "", err
+			}
 		}
 	}
 	return "", fmt.Errorf("no name is free for %s in %s: %w", base, dir, hypervisor.ErrExists)
@@ -333,7 +334,7 @@ func (d *Driver) storageDir(ctx context.Context, storage string) (string, error)
 		}
 		dir = pool.Path
 	}
-	fi, err := os.Stat(dir)
+	fi, err := d.files.stat(dir)
 	if os.IsNotExist(err) {
 		return "", fmt.Errorf("storage %s: %w", dir, hypervisor.ErrNotFound)
 	}
@@ -362,7 +363,7 @@ func (d *Driver) placeAttachments(ctx context.Context, spec *hypervisor.VMSpec, 
 			p.dropped = append(p.dropped, "attachment "+a.Name)
 			continue
 		}
-		path, err := freePath(dir, fileBase(spec.Name), suffix)
+		path, err := d.freePath(dir, fileBase(spec.Name), suffix)
 		if err != nil {
 			return nil, err
 		}
@@ -376,7 +377,7 @@ func (d *Driver) placeAttachments(ctx context.Context, spec *hypervisor.VMSpec, 
 // fillVM makes the files of a domain that is defined.
 func (d *Driver) fillVM(ctx context.Context, uuid string, p *vmPlan) (*hypervisor.VM, error) {
 	for path, a := range p.attach {
-		if err := writeAttachment(ctx, path, a); err != nil {
+		if err := d.writeAttachment(ctx, path, a); err != nil {
 			return nil, fmt.Errorf("attachment %s: %w", a.Name, err)
 		}
 	}
@@ -385,7 +386,7 @@ func (d *Driver) fillVM(ctx context.Context, uuid string, p *vmPlan) (*hyperviso
 			return nil, err
 		}
 		f := &p.notes.Created.Files[i]
-		if err := emptyImage(f, os.O_EXCL); err != nil {
+		if err := d.emptyImage(f, os.O_EXCL); err != nil {
 			return nil, err
 		}
 	}
@@ -396,13 +397,13 @@ func (d *Driver) fillVM(ctx context.Context, uuid string, p *vmPlan) (*hyperviso
 	return m.VM, nil
 }
 
-func writeAttachment(ctx context.Context, path string, a hypervisor.Attachment) (err error) {
+func (d *Driver) writeAttachment(ctx context.Context, path string, a hypervisor.Attachment) (err error) {
 	r, err := a.Open(ctx)
 	if err != nil {
 		return err
 	}
 	defer r.Close() //nolint:errcheck // only read
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := d.files.open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return err
 	}

@@ -147,6 +147,7 @@ func TestMissingDirectoryAndNames(t *testing.T) {
 		require.ErrorIs(t, err, ErrRunName, "%q", run)
 		_, err = Adopt(dir, run, nil)
 		require.ErrorIs(t, err, ErrRunName, "%q", run)
+		require.ErrorIs(t, Salvage(dir, run, nil), ErrRunName, "%q", run)
 	}
 }
 

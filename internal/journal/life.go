@@ -27,6 +27,7 @@ func create(dir, run string, head Header, opts *Options) (*Journal, error) {
 	if err := fsys.MkdirAll(dir); err != nil {
 		return nil, err
 	}
+	path := filepath.Join(dir, run+liveSuffix)
 	var j *Journal
 	err := locked(fsys, dir, func() error {
 		if err := sweep(fsys, dir); err != nil {
@@ -41,22 +42,21 @@ func create(dir, run string, head Header, opts *Options) (*Journal, error) {
 				return ErrExist
 			}
 		}
-		path := filepath.Join(dir, run+liveSuffix)
 		f, err := fsys.Create(path)
 		if err != nil {
 			return err
 		}
 		j = newJournal(opts, dir, run, f)
-		if err := errors.Join(j.begin(head), fsys.SyncDir(dir)); err != nil {
-			// No obligation can be in it. What cannot be removed is swept by the next Create.
-			return errors.Join(err, f.Close(), fsys.Remove(path))
-		}
-		return nil
+		return errors.Join(j.begin(head), fsys.SyncDir(dir))
 	})
-	if err != nil {
-		return nil, err
+	if err == nil {
+		return j, nil
 	}
-	return j, nil
+	if j != nil {
+		// No obligation can be in it. What cannot be removed is swept by the next Create.
+		err = errors.Join(err, j.file.Close(), fsys.Remove(path))
+	}
+	return nil, err
 }
 
 // begin takes the lock of a fresh file and writes its header.
@@ -128,6 +128,9 @@ func Adopt(dir, run string, opts *Options) (*Journal, error) {
 			return err
 		})
 	}
+	if err != nil && j != nil { // it is ours, but for the end of the lock
+		err = errors.Join(err, j.file.Close())
+	}
 	if notExist(err) {
 		err = fmt.Errorf("%w: %w", ErrNotFound, err)
 	}
@@ -184,7 +187,10 @@ func adopt(dir, run string, opts *Options) (_ *Journal, err error) {
 	j.off, j.size, j.nextID = c.end, c.end, j.st.lastID
 	j.seq = uint64(len(c.frames))
 	j.synced = j.seq
-	return j, j.put(record{Op: opAdopt}, true, nil)
+	if err := j.put(record{Op: opAdopt}, true, nil); err != nil {
+		return nil, err
+	}
+	return j, nil
 }
 
 // Close ends the ownership of the journal. With no obligation open the file is renamed to
@@ -233,10 +239,11 @@ func (j *Journal) finish(keep bool) error {
 	if err != nil {
 		return errors.Join(err, j.file.Close())
 	}
-	fsys := j.opts.fs()
-	return locked(fsys, j.dir, func() error {
+	fsys, held := j.opts.fs(), true
+	err = locked(fsys, j.dir, func() error {
 		// Closed first, because some systems do not rename an open file; the directory lock keeps
 		// everybody else away in between.
+		held = false
 		if err := j.file.Close(); err != nil {
 			return err
 		}
@@ -249,14 +256,15 @@ func (j *Journal) finish(keep bool) error {
 		}
 		return errors.Join(prune(fsys, j.dir), fsys.SyncDir(j.dir))
 	})
+	if held { // the directory could not be locked
+		err = errors.Join(err, j.file.Close())
+	}
+	return err
 }
 
 // prune removes all but the newest finished journals. The caller holds the directory lock.
 func prune(fsys FS, dir string) error {
-	infos, err := fsys.ReadDir(dir)
-	if err != nil {
-		return err
-	}
+	infos, err := fsys.ReadDir(dir) // with an error there are none
 	infos = slices.DeleteFunc(infos, func(i Info) bool { return !strings.HasSuffix(i.Name, doneSuffix) })
 	slices.SortFunc(infos, newestFirst)
 	for _, i := range infos[min(keepDone, len(infos)):] {

@@ -41,6 +41,8 @@ func list(dir, suffix string, opts *Options) ([]Entry, error) {
 	var out []Entry
 	if _, err := fsys.ReadDir(dir); notExist(err) {
 		return nil, nil
+	} else if err != nil {
+		return nil, opErr("list", dir, err)
 	}
 	err := locked(fsys, dir, func() error {
 		infos, err := fsys.ReadDir(dir)

@@ -67,31 +67,25 @@ func salvage(dir, run string, opts *Options) error {
 
 // reframe numbers the readable records anew.
 func reframe(c contents, run string, opts *Options) ([]byte, error) {
-	buf, seq := []byte(magic), uint64(0)
-	add := func(payload []byte) {
-		seq++
-		buf = appendFrame(buf, frame{seq: seq, payload: payload})
-	}
+	head, herr := json.Marshal(record{Op: opHead, Version: formatVersion, Head: &Header{
+		Run: run, Command: "unknown: the header was lost",
+	}})
+	note, nerr := json.Marshal(record{Op: opNote, At: opts.now(), Text: fmt.Sprintf(
+		"salvaged: %v; the file is kept as %s", c.damage, run+damagedSuffix)})
+	var payloads [][]byte
 	st := newState()
 	st.replay(c.frames)
 	if !st.born {
-		head := &Header{Run: run, Command: "unknown: the header was lost"}
-		p, err := json.Marshal(record{Op: opHead, Version: formatVersion, Head: head})
-		if err != nil {
-			return nil, err
-		}
-		add(p)
+		payloads = append(payloads, head)
 	}
 	for _, f := range c.frames {
-		add(f.payload)
+		payloads = append(payloads, f.payload)
 	}
-	text := fmt.Sprintf("salvaged: %v; the file is kept as %s", c.damage, run+damagedSuffix)
-	p, err := json.Marshal(record{Op: opNote, At: opts.now(), Text: text})
-	if err != nil {
-		return nil, err
+	buf := []byte(magic)
+	for i, p := range append(payloads, note) {
+		buf = appendFrame(buf, frame{seq: uint64(i + 1), payload: p})
 	}
-	add(p)
-	return buf, nil
+	return buf, errors.Join(herr, nerr)
 }
 
 // writeFile writes a new file, replacing an old one, and returns when its content is durable.

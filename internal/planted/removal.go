@@ -43,7 +43,7 @@ func Suites() []Suite {
 		own("./restore", "", "./cmd/holdfast"),
 		own("./internal/journal", "", "./backup"),
 		own("./repository/kopiarepo", "ComeBack|Agrees|Opening|FullDisk|Once|Lost|Forged|Repair|Long|ManyAtOnce", "./cmd/holdfast"),
-		own("./drivers/kvm", ""),
+		own("./drivers/kvm", "Every|Reads|Malformed|WhatIs|Writer|Guard|Loss|Image|Release|Forgotten"),
 	}
 }
 

@@ -3,8 +3,10 @@ package planted
 import (
 	"fmt"
 	"go/ast"
+	"go/build"
 	"go/parser"
 	"go/token"
+	"io"
 	"io/fs"
 	"path"
 	"slices"
@@ -57,16 +59,25 @@ func (s *Site) Remove(module fs.FS) (map[string][]byte, error) {
 }
 
 // Sites finds the error checks and the cleanups of a package's sources, without its
-// tests, in order of file and line.
+// tests, in order of file and line. Files that are not part of the build on this system
+// have none: no test can tell what is missing in them.
 func Sites(module fs.FS, dir string) ([]*Site, error) {
 	names, err := fs.Glob(module, path.Join(dir, "*.go"))
 	if err != nil {
 		return nil, err
 	}
 	slices.Sort(names)
+	build := build.Default
+	build.JoinPath = path.Join
+	build.OpenFile = func(name string) (io.ReadCloser, error) { return module.Open(name) }
 	var out []*Site
 	for _, name := range names {
 		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		if built, err := build.MatchFile(dir, path.Base(name)); err != nil {
+			return nil, err
+		} else if !built {
 			continue
 		}
 		text, err := fs.ReadFile(module, name)

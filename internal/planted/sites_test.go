@@ -42,7 +42,10 @@ func (t *T) f() (err error) {
 	return errors.Join(err, f.Sync())
 }
 `
-	files := fstest.MapFS{"p/a.go": {Data: []byte(source)}, "p/a_test.go": {Data: []byte("not Go")}, "p/sub/b.go": {Data: []byte("not Go")}}
+	files := fstest.MapFS{
+		"p/a.go": {Data: []byte(source)}, "p/a_test.go": {Data: []byte("not Go")}, "p/sub/b.go": {Data: []byte("not Go")},
+		"p/b.go": {Data: []byte("//go:build never\n\n" + source)},
+	}
 	sites, err := Sites(files, "p")
 	require.NoError(t, err)
 	var got []string
