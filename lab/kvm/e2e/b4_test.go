@@ -108,10 +108,10 @@ func (m *matrix) listed() (out []procedure) {
 	return out
 }
 
-// moments lists where to kill: everywhere, or at some calls that change something,
-// on both sides. An answer that only tells something is as good as lost before the
-// next call.
-func (m *matrix) moments(rnd *rand.Rand) (out []moment) {
+// moments lists where to kill, and how many kills to make: everywhere, or a few at
+// calls that change something, on both sides. An answer that only tells something is
+// as good as lost before the next call.
+func (m *matrix) moments(rnd *rand.Rand) (out []moment, kills int) {
 	for i, p := range m.calls {
 		out = append(out, moment{Call: i})
 		if p.changes {
@@ -119,11 +119,11 @@ func (m *matrix) moments(rnd *rand.Rand) (out []moment) {
 		}
 	}
 	if os.Getenv("HOLDFAST_MATRIX") == "all" {
-		return out
+		return out, len(out)
 	}
 	out = slices.DeleteFunc(out, func(k moment) bool { return !m.calls[k.Call].changes })
 	rnd.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
-	return out[:min(3, len(out))]
+	return out, min(3, len(out))
 }
 
 // run kills at every moment.
@@ -135,9 +135,12 @@ func (m *matrix) run() {
 	require.False(m.t, m.child(nil))
 	m.calls = m.listed()
 	m.heal()
-	missed := 0
-	all := m.moments(m.rnd)
+	all, want := m.moments(m.rnd)
+	kills, missed := 0, 0
 	for _, k := range all {
+		if kills == want {
+			break
+		}
 		if m.prepare != nil {
 			m.prepare()
 		}
@@ -146,18 +149,21 @@ func (m *matrix) run() {
 			m.heal()
 			continue
 		}
+		kills++
 		at := m.listed()[0].name
 		c := m.cell()
 		m.cells[c]++
 		m.t.Logf("killed at call %d of %d, %s, after: %t: %s", k.Call+1, len(m.calls), at, k.After, c)
 		m.heal()
 	}
-	require.LessOrEqual(m.t, missed, len(all)/10, "kills that did not hit")
-	m.t.Logf("%d kills, %d missed, recover took %v at most, frozen for %.0f ms at most", len(all)-missed, missed, m.max, m.frozen)
+	// How often a run polls differs, so the last calls of the listed one may be missing.
+	require.LessOrEqual(m.t, missed, max(3, len(all)/10), "kills that did not hit")
+	require.Positive(m.t, kills)
+	m.t.Logf("%d kills, %d missed, recover took %v at most, frozen for %.0f ms at most", kills, missed, m.max, m.frozen)
 	for _, c := range slices.Sorted(maps.Keys(m.cells)) {
 		m.t.Logf("%4d  %s", m.cells[c], c)
 	}
-	m.report(len(all) - missed)
+	m.report(kills)
 }
 
 func (m *matrix) report(kills int) {
