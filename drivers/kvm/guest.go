@@ -105,6 +105,11 @@ func (d *Driver) agentCall(ctx context.Context, uuid, command string, out any) e
 	if err != nil {
 		return err
 	}
+	return decodeAgent(command, text, out)
+}
+
+// decodeAgent decodes the answer to a command; out may be nil.
+func decodeAgent(command, text string, out any) error {
 	var reply struct {
 		Return json.RawMessage `json:"return"`
 		Error  *agentError     `json:"error"`

@@ -28,6 +28,9 @@ func parseURI(s string) (*endpoint, error) {
 		}
 		return nil, fmt.Errorf("libvirt URI: %w", err)
 	}
+	if u.Opaque != "" {
+		return nil, errors.New("libvirt URI: it is not of the form qemu+TRANSPORT://HOST/system") // user:password@host is none, and is not shown
+	}
 	driver, transport, explicit := strings.Cut(u.Scheme, "+")
 	if driver != "qemu" {
 		return nil, fmt.Errorf("libvirt URI %q: the driver is %q, not qemu", u.Redacted(), driver)

@@ -90,7 +90,7 @@ func getObject(ctx context.Context, dr repo.DirectRepository, id object.ID, limi
 		return nil, err
 	}
 	defer func() { _ = o.Close() }()
-	if o.Length() > limit {
+	if o.Length() < 0 || o.Length() > limit {
 		return nil, fmt.Errorf("%w: object %s has %d bytes", repository.ErrDamaged, id, o.Length())
 	}
 	b := make([]byte, o.Length())
@@ -104,12 +104,23 @@ func getDir(ctx context.Context, dr repo.DirectRepository, id object.ID) (map[st
 	if err != nil {
 		return nil, nil, err
 	}
-	var m snapshot.DirManifest
-	if err := json.Unmarshal(b, &m); err != nil {
+	byName, entries, err := parseDir(b)
+	if err != nil {
 		return nil, nil, fmt.Errorf("%w: directory %s: %w", repository.ErrDamaged, id, err)
 	}
+	return byName, entries, nil
+}
+
+func parseDir(b []byte) (map[string]*snapshot.DirEntry, []*snapshot.DirEntry, error) {
+	var m snapshot.DirManifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, nil, err
+	}
 	byName := make(map[string]*snapshot.DirEntry, len(m.Entries))
-	for _, e := range m.Entries {
+	for i, e := range m.Entries {
+		if e == nil {
+			return nil, nil, fmt.Errorf("entry %d is null", i)
+		}
 		byName[e.Name] = e
 	}
 	return byName, m.Entries, nil
@@ -130,19 +141,29 @@ func getIndex(ctx context.Context, dr repo.DirectRepository, id object.ID, lengt
 	if err != nil {
 		return nil, err
 	}
+	out, err := parseIndex(b, length, blockSize)
+	if err != nil {
+		return nil, fmt.Errorf("%w: segment %s: %w", repository.ErrDamaged, id, err)
+	}
+	return out, nil
+}
+
+// parseIndex takes the bytes of an index apart.
+func parseIndex(b []byte, length int64, blockSize int) ([]object.ID, error) {
 	var ind struct {
 		Entries []object.IndirectObjectEntry `json:"entries"`
 	}
 	if err := json.Unmarshal(b, &ind); err != nil {
-		return nil, fmt.Errorf("%w: segment %s: %w", repository.ErrDamaged, id, err)
+		return nil, err
 	}
+	blocks := repository.Blocks(length, blockSize)
 	if int64(len(ind.Entries)) != blocks {
-		return nil, fmt.Errorf("%w: segment %s has %d blocks, not %d", repository.ErrDamaged, id, len(ind.Entries), blocks)
+		return nil, fmt.Errorf("it has %d blocks, not %d", len(ind.Entries), blocks)
 	}
 	out := make([]object.ID, blocks)
 	for i, e := range ind.Entries {
 		if e.Start != int64(i)*int64(blockSize) || e.Length != int64(repository.BlockLen(length, blockSize, int64(i))) {
-			return nil, fmt.Errorf("%w: segment %s, entry %d does not fit", repository.ErrDamaged, id, i)
+			return nil, fmt.Errorf("entry %d does not fit", i)
 		}
 		out[i] = e.Object
 	}

@@ -115,7 +115,7 @@ func parseNumber(s string) (int64, bool) {
 		return 0, false
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
-	return n, err == nil && n > 0
+	return n, err == nil && n > 0 && s[0] != '+'
 }
 
 // createNumbered makes entry n of a numbered log. The copy's name holds the

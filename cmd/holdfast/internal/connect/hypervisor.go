@@ -68,6 +68,9 @@ func parse(s string) (*url.URL, error) {
 	if u.Scheme == "" {
 		return nil, refuse(supported, fmt.Errorf("%q is not a hypervisor URL", u.Redacted()))
 	}
+	if strings.Contains(u.Opaque, "@") { // user:password@host reads as a scheme and this
+		return nil, refuse(supported, errors.New("the hypervisor URL has no // after its scheme"))
+	}
 	if u.User != nil {
 		if _, set := u.User.Password(); set {
 			return nil, refuse("use --password-file or HOLDFAST_PASSWORD", fmt.Errorf("the hypervisor URL %s holds a password: everybody can read the arguments of a process", u.Redacted()))
