@@ -57,7 +57,7 @@ func openBook(r *run) (*book, error) {
 	b.j, err = journal.Create(JournalDir(r.o.StateDir), r.res.Run, journal.Header{
 		Command: "backup", Host: host, PID: os.Getpid(), Endpoint: r.o.Endpoint, Repository: r.o.Location,
 		VMs: []string{string(r.res.VM.ID)}, Start: r.o.Clock.Now(),
-	}, &journal.Options{Now: r.o.Clock.Now})
+	}, &journal.Options{Now: r.o.Clock.Now, FS: r.o.JournalFS})
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", r.o.StateDir, err)
 	}

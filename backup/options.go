@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/internal/clock"
+	"github.com/holdfast-backup/holdfast/internal/journal"
 	"github.com/holdfast-backup/holdfast/internal/lease"
 	"github.com/holdfast-backup/holdfast/repository"
 )
@@ -81,6 +82,9 @@ type Options struct {
 
 	// StateDir holds the journal. Empty: no journal.
 	StateDir string
+	// JournalFS is where StateDir lies; nil: in the file system. Tests of this
+	// module set it, to fail each operation of it.
+	JournalFS journal.FS
 	// Endpoint and Location are how Recover finds the hypervisor and the
 	// repository again; they go into the journal and must hold no secret.
 	Endpoint, Location string

@@ -21,7 +21,8 @@ import (
 // RecoverOptions say how Recover finds what interrupted runs used.
 type RecoverOptions struct {
 	// StateDir holds the journals of runs of this host.
-	StateDir string
+	StateDir  string
+	JournalFS journal.FS // as in Options
 	// Connect opens the hypervisor of an endpoint that a run recorded.
 	Connect func(ctx context.Context, endpoint string) (hypervisor.Hypervisor, error)
 	// OpenRepository opens the repository of a location that a run recorded.
@@ -114,12 +115,12 @@ func (rc *recoverer) journals() ([]journal.Entry, error) {
 	if rc.o.StateDir == "" {
 		return nil, nil
 	}
-	return journal.List(JournalDir(rc.o.StateDir), &journal.Options{Now: rc.o.Clock.Now})
+	return journal.List(JournalDir(rc.o.StateDir), &journal.Options{Now: rc.o.Clock.Now, FS: rc.o.JournalFS})
 }
 
 // take takes over one journal, unless its run lives.
 func (rc *recoverer) take(e journal.Entry) error {
-	j, err := journal.Adopt(JournalDir(rc.o.StateDir), e.Run, &journal.Options{Now: rc.o.Clock.Now})
+	j, err := journal.Adopt(JournalDir(rc.o.StateDir), e.Run, &journal.Options{Now: rc.o.Clock.Now, FS: rc.o.JournalFS})
 	if errors.Is(err, journal.ErrAlive) {
 		return nil
 	}

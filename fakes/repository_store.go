@@ -33,11 +33,20 @@ type Store struct {
 	readOnly bool
 	nonces   map[string]int64 // per chain and run, so that point IDs do not repeat
 
+	last storeChange // what a stale list shows
+
 	recording bool
 	base      map[string]storeBlob
 	log       []storeLogged
 
 	ticks atomic.Int64
+}
+
+// storeChange is what the last change of a store replaced.
+type storeChange struct {
+	name  string
+	blob  storeBlob
+	there bool
 }
 
 type storeBlob struct {
@@ -227,7 +236,7 @@ type storeEntry struct {
 }
 
 func (c *storeConn) get(ctx context.Context, name string) (data []byte, err error) {
-	err = c.do(ctx, StoreOp{Kind: StoreGet, Name: name}, nil, func(s *Store) error {
+	err = c.do(ctx, StoreOp{Kind: StoreGet, Name: name}, nil, func(s *Store, _ StoreFault) error {
 		b, ok := s.blobs[name]
 		if !ok {
 			return fmt.Errorf("%s: %w", name, errNoBlob)
@@ -243,11 +252,14 @@ func (c *storeConn) get(ctx context.Context, name string) (data []byte, err erro
 
 // list returns what begins with prefix, sorted by name.
 func (c *storeConn) list(ctx context.Context, prefix string) (out []storeEntry, err error) {
-	err = c.do(ctx, StoreOp{Kind: StoreList, Name: prefix}, nil, func(s *Store) error {
+	err = c.do(ctx, StoreOp{Kind: StoreList, Name: prefix}, nil, func(s *Store, f StoreFault) error {
 		for n, b := range s.blobs {
-			if strings.HasPrefix(n, prefix) {
+			if strings.HasPrefix(n, prefix) && !(f.Stale && n == s.last.name) {
 				out = append(out, storeEntry{n, int64(len(b.data)), b.gen})
 			}
+		}
+		if l := s.last; f.Stale && l.there && strings.HasPrefix(l.name, prefix) {
+			out = append(out, storeEntry{l.name, int64(len(l.blob.data)), l.blob.gen})
 		}
 		return nil
 	})
@@ -261,7 +273,7 @@ func (c *storeConn) list(ctx context.Context, prefix string) (out []storeEntry, 
 // put stores a copy of data.
 func (c *storeConn) put(ctx context.Context, name string, data []byte, cond storeCond) error {
 	data = bytes.Clone(data)
-	return c.do(ctx, StoreOp{Kind: StorePut, Name: name, Size: int64(len(data))}, data, func(s *Store) error {
+	return c.do(ctx, StoreOp{Kind: StorePut, Name: name, Size: int64(len(data))}, data, func(s *Store, f StoreFault) error {
 		if cond != nil {
 			if err := cond(storeView{s}); err != nil {
 				return err
@@ -270,7 +282,11 @@ func (c *storeConn) put(ctx context.Context, name string, data []byte, cond stor
 		if s.capacity > 0 && addressed(name) && s.used()+int64(len(data)) > s.capacity {
 			return fmt.Errorf("put %s: %w", name, repository.ErrNoSpace)
 		}
+		s.change(name)
 		s.gen++
+		if f.Torn {
+			data = data[:len(data)/2]
+		}
 		s.blobs[name] = storeBlob{data, s.gen}
 		return nil
 	})
@@ -279,7 +295,7 @@ func (c *storeConn) put(ctx context.Context, name string, data []byte, cond stor
 // touch gives a blob a new generation if it is there with this size, and tells
 // whether it is.
 func (c *storeConn) touch(ctx context.Context, name string, size int64) (ok bool, err error) {
-	err = c.do(ctx, StoreOp{Kind: StoreTouch, Name: name}, nil, func(s *Store) error {
+	err = c.do(ctx, StoreOp{Kind: StoreTouch, Name: name}, nil, func(s *Store, _ StoreFault) error {
 		b, found := s.blobs[name]
 		if ok = found && int64(len(b.data)) == size; ok {
 			s.gen++
@@ -292,13 +308,20 @@ func (c *storeConn) touch(ctx context.Context, name string, size int64) (ok bool
 
 // del deletes a blob if it is there.
 func (c *storeConn) del(ctx context.Context, name string, cond storeCond) error {
-	return c.do(ctx, StoreOp{Kind: StoreDelete, Name: name}, nil, func(s *Store) error {
+	return c.do(ctx, StoreOp{Kind: StoreDelete, Name: name}, nil, func(s *Store, _ StoreFault) error {
 		if cond != nil {
 			if err := cond(storeView{s}); err != nil {
 				return err
 			}
 		}
+		s.change(name)
 		delete(s.blobs, name)
 		return nil
 	})
+}
+
+// change remembers a blob as it was before it is put or deleted. The caller holds mu.
+func (s *Store) change(name string) {
+	b, ok := s.blobs[name]
+	s.last = storeChange{name, b, ok}
 }

@@ -30,6 +30,11 @@ type StoreFault struct {
 	// After lets Hang, Err or Kill strike after the operation had its effect
 	// instead of before it.
 	After bool
+	// Torn lets a put store the first half of its bytes and ends the process, as
+	// Kill does. Other operations ignore it.
+	Torn bool
+	// Stale lets a list miss the last change of the store. Other operations ignore it.
+	Stale bool
 }
 
 // StoreHook sees each storage operation before it happens. It is called without
@@ -75,7 +80,7 @@ func StoreHooks(hooks ...StoreHook) StoreHook {
 }
 
 // do runs one operation through the hook. Only effect runs under the mutex.
-func (c *storeConn) do(ctx context.Context, op StoreOp, data []byte, effect func(*Store) error) error {
+func (c *storeConn) do(ctx context.Context, op StoreOp, data []byte, effect func(*Store, StoreFault) error) error {
 	if c.dead.Load() {
 		return ErrKilled
 	}
@@ -100,6 +105,10 @@ func (c *storeConn) do(ctx context.Context, op StoreOp, data []byte, effect func
 			return ctx.Err()
 		}
 	}
+	if fault.Torn = fault.Torn && op.Kind == StorePut; fault.Torn {
+		fault.Kill, fault.After = true, true
+		data = data[:len(data)/2]
+	}
 	if !fault.After {
 		if err := c.strike(ctx, op, fault); err != nil {
 			return err
@@ -108,7 +117,7 @@ func (c *storeConn) do(ctx context.Context, op StoreOp, data []byte, effect func
 	if c.dead.Load() { // killed by another goroutine while this one waited
 		return ErrKilled
 	}
-	err := s.apply(op, data, effect)
+	err := s.apply(op, data, func(s *Store) error { return effect(s, fault) })
 	if fault.After {
 		if struck := c.strike(ctx, op, fault); struck != nil {
 			return struck

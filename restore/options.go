@@ -29,7 +29,8 @@ type Options struct {
 
 	// StateDir holds the journal, so that Recover of package backup removes what
 	// a killed restore left. Empty: no journal.
-	StateDir string
+	StateDir  string
+	JournalFS journal.FS // where it lies; nil: in the file system. Tests of this module set it.
 	// Endpoint and Location go into the journal and must hold no secret.
 	Endpoint, Location string
 
@@ -159,7 +160,7 @@ func begin(reader repository.Reader, o *Options, command string) (*job, error) {
 	}
 	j.j, err = journal.Create(filepath.Join(o.StateDir, "journal"), j.res.Run, journal.Header{
 		Command: command, Host: host, PID: os.Getpid(), Endpoint: o.Endpoint, VMs: []string{man.VM.Name}, Start: o.Clock.Now(),
-	}, &journal.Options{Now: o.Clock.Now})
+	}, &journal.Options{Now: o.Clock.Now, FS: o.JournalFS})
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", o.StateDir, err)
 	}
