@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fakes"
 	"github.com/holdfast-backup/holdfast/hypervisor"
 	"github.com/holdfast-backup/holdfast/internal/invariant"
+	"github.com/holdfast-backup/holdfast/internal/journal"
 	"github.com/holdfast-backup/holdfast/internal/journal/journaltest"
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/restore"
@@ -301,6 +302,15 @@ func (p *process) recover(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// open counts the journals of runs that did not end.
+func (p *process) open() (int, error) {
+	list, err := journal.List(backup.JournalDir(stateDir), &journal.Options{FS: p.fs})
+	if err != nil {
+		return 0, violation("list of journals: %w", err)
+	}
+	return len(list), nil
 }
 
 // check is the promise.

@@ -89,11 +89,6 @@ func (s site) modes() []mode {
 	return append(out, hang, cancels, delay)
 }
 
-// kills says whether the process does not survive the mode.
-func (m mode) kills() bool {
-	return m == killBefore || m == killAfter || m == torn || m == lost
-}
-
 // injector counts the calls of a process and lets one of them fail. The zero value
 // counts.
 type injector struct {
@@ -110,14 +105,14 @@ type injector struct {
 	// latency is how long each call takes; a cancellation comes in the middle of it.
 	latency time.Duration
 
-	mu    sync.Mutex
+	mu     sync.Mutex
 	second mode      // of the second fault, once it has struck
 	gave   time.Time // when the user gave up
 	last   time.Time // when data began to move last, after that
-	seen  map[site]int
-	trace []target
-	hit   bool
-	dead  bool
+	seen   map[site]int
+	trace  []target
+	hit    bool
+	dead   bool
 }
 
 // next counts a call and returns the mode that strikes it, if any.
