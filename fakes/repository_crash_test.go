@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -329,4 +330,32 @@ func TestRepositoryHangsUntilCanceled(t *testing.T) {
 		n++
 	}
 	require.Equal(t, 1, n, "the run can be found, as ErrOutcomeUnknown says")
+}
+
+// A commit that is canceled before its record is put did not happen, and says so.
+func TestRepositoryCanceledCommitIsKnown(t *testing.T) {
+	for k := 1; ; k++ {
+		store := fakes.NewStore()
+		r, err := store.Open(t.Context(), storyOptions)
+		require.NoError(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		n, put := 0, false
+		store.SetHook(func(_ context.Context, op fakes.StoreOp) fakes.StoreFault {
+			put = put || op.Kind == fakes.StorePut && strings.HasPrefix(op.Name, "records/")
+			if n++; n == k {
+				cancel()
+			}
+			return fakes.StoreFault{}
+		})
+		_, err = writePoint(ctx, r, repository.PointSpec{Chain: "vm", Run: "r"}, storySize, nil)
+		cancel()
+		if n < k {
+			require.True(t, put, "the campaign of this test reaches the record")
+			return
+		}
+		if !put {
+			require.ErrorIs(t, err, context.Canceled, "operation %d", k)
+			require.NotErrorIs(t, err, repository.ErrOutcomeUnknown, "operation %d", k)
+		}
+	}
 }

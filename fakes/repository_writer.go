@@ -325,6 +325,9 @@ func (w *memoryWriter) putRecord(ctx context.Context, rec *pointRecord) (reposit
 		return repository.Digest{}, err
 	}
 	sum := repository.Digest(blake3.Sum256(raw))
+	if err := ctx.Err(); err != nil {
+		return sum, err // the put does not begin: that the point is not there is known
+	}
 	err = w.r.conn.put(ctx, name, raw, allOf(w.r.heldBy(w.spec.Lock), func(v storeView) error {
 		if _, ok := v.get(w.pin); !ok {
 			return errors.New("it took so long that maintenance gave it up")

@@ -2,6 +2,7 @@ package campaign_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -20,6 +21,23 @@ const (
 	callTime = 40 * time.Millisecond  // of every call to hypervisor and repository
 	idle     = 250 * time.Millisecond // after a cancellation no data begins to move later than this
 )
+
+// latencies are how long the calls of a run take: the user gives up as the call begins
+// that takes no time, and in the middle of the others.
+var latencies = []time.Duration{0, callTime, 250 * time.Millisecond, time.Second}
+
+// cancellation is one run that its user gives up.
+type cancellation struct {
+	shot
+	latency time.Duration
+}
+
+func (x cancellation) String() string { return fmt.Sprintf("%s|%v", x.shot, x.latency) }
+
+// replay is the command that makes the run again, and no other.
+func (x cancellation) replay(seed uint64) string {
+	return fmt.Sprintf("HOLDFAST_CANCEL='%s' HOLDFAST_SEED=%d go test -count=1 -v -run '^TestCancel$' ./internal/campaign", x, seed)
+}
 
 // canceled is a run that its user gives up in the middle of a call, or with latency
 // zero as it begins: what is begun must be ended and everything given back, by the run
@@ -74,11 +92,16 @@ func (x shot) canceled(in *injector, seed uint64, dir string) (lag time.Duration
 }
 
 // TestCancel cancels every story at every call, in the middle of it and as it begins.
+// HOLDFAST_CANCEL is one cancellation that is repeated.
 func TestCancel(t *testing.T) {
-	mine := func(shot) bool { return true }
-	nightly := os.Getenv("HOLDFAST_FAULTS") == "all"
-	if nightly {
-		mine = shard(t)
+	want := func(x cancellation) bool { return hashOf(x.String())%64 == 0 }
+	nightly, only := os.Getenv("HOLDFAST_FAULTS") == "all", os.Getenv("HOLDFAST_CANCEL")
+	index, of := tally.Shard(t)
+	switch {
+	case only != "":
+		want = func(x cancellation) bool { return x.String() == only }
+	case nightly:
+		want = func(x cancellation) bool { return tally.Mine(index, of, x.String()) }
 	}
 	var mu sync.Mutex
 	var lags []time.Duration
@@ -88,14 +111,17 @@ func TestCancel(t *testing.T) {
 			s := &stories[i]
 			t.Run(s.name, func(t *testing.T) {
 				t.Parallel()
+				if only != "" && !strings.HasPrefix(only, s.name+"|") {
+					return
+				}
 				seed, dir := seedOf(t, s.name), t.TempDir()
 				for _, c := range calls(t, s, seed, dir) {
 					if c.seam == seamJournal {
 						continue // they cannot be canceled
 					}
-					for _, latency := range []time.Duration{0, callTime} {
-						x := shot{s, c, cancels}
-						if !mine(x) || !nightly && hashOf(x.String())%32 != 0 {
+					for _, latency := range latencies {
+						x := cancellation{shot{s, c, cancels}, latency}
+						if !want(x) {
 							continue
 						}
 						in := &injector{target: c, mode: cancels, latency: latency}
@@ -113,8 +139,7 @@ func TestCancel(t *testing.T) {
 						}
 						if err != nil {
 							violations++
-							t.Errorf("%s, calls of %v: %v\nreplay with: HOLDFAST_SEED=%d HOLDFAST_FAULTS=all go test -count=1 -run '^TestCancel$/^each$/^%s$' ./internal/campaign",
-								x, latency, err, seed, strings.ReplaceAll(s.name, " ", "_"))
+							t.Errorf("%s: %v\nreplay with: %s", x, err, x.replay(seed))
 						}
 						mu.Unlock()
 					}
@@ -122,6 +147,10 @@ func TestCancel(t *testing.T) {
 			})
 		}
 	})
+	if only != "" {
+		require.Equal(t, 1, runs, "HOLDFAST_CANCEL=%s is not a cancellation of this campaign", only)
+		return
+	}
 	slices.Sort(lags)
 	require.NotEmpty(t, lags)
 	require.LessOrEqual(t, missed*200, runs, "cancellations that hit nothing")
@@ -132,9 +161,13 @@ func TestCancel(t *testing.T) {
 		require.Greater(t, len(lags), 100)
 		return
 	}
+	require.GreaterOrEqual(t, len(lags)*of*10, 9*10_000, "the share of one of %d parts", of)
+	if of == 1 {
+		require.GreaterOrEqual(t, len(lags), 10_000)
+	}
 	tally.Record(t, tally.Campaign{
 		Name:    "cancel",
-		About:   "Each story is canceled at each call, as it begins and in the middle of it: on a virtual clock, each call taking 40 ms.",
+		About:   "Each story is canceled at each call, as it begins and in the middle of it: on a virtual clock, each call taking 40 ms, 250 ms or 1 s.",
 		Command: "HOLDFAST_FAULTS=all go test -timeout 60m -run '^TestCancel$' ./internal/campaign",
 		Counts: []tally.Count{
 			{Name: "cancellations", Value: int64(len(lags))},
