@@ -183,39 +183,51 @@ func (s *Store) Log() []StoreOp {
 
 // ReplayTo returns a new store as it was after the first k operations of the log.
 // It panics if the log is shorter.
-func (s *Store) ReplayTo(k int) *Store { return s.replay(k, -1) }
+func (s *Store) ReplayTo(k int) *Store { return s.replay(k, nil, -1) }
 
 // ReplayTorn is like ReplayTo, but of the k-th operation, if it is a put, only
 // the first keep bytes arrived. It panics if there is no such operation.
 func (s *Store) ReplayTorn(k int, keep int64) *Store {
-	return s.replay(k, max(0, keep))
+	return s.replay(k-1, []int{k - 1}, max(0, keep))
 }
 
-func (s *Store) replay(k int, keep int64) *Store {
+// ReplayWith is like ReplayTo, and then some later operations of the log, counted from
+// 0, happened too: those of them that had begun by then and were not ended.
+func (s *Store) ReplayWith(k int, also ...int) *Store { return s.replay(k, also, -1) }
+
+// replay: of the operations in also, only keep bytes arrive, if it is not negative.
+func (s *Store) replay(k int, also []int, keep int64) *Store {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.recording || k < 0 || k > len(s.log) || keep >= 0 && k == 0 {
-		panic(fmt.Sprintf("fakes: replay of %d operations, the log has %d", k, len(s.log)))
+	if !s.recording || k < 0 || k > len(s.log) || len(also) > 0 && slices.Max(also) >= len(s.log) {
+		panic(fmt.Sprintf("fakes: replay of %d operations and %v, the log has %d", k, also, len(s.log)))
 	}
 	c := s.clone(s.base)
-	for i, l := range s.log[:k] {
-		data := l.data
-		if i == k-1 && keep >= 0 {
-			data = data[:min(int64(len(data)), keep)]
-		}
-		c.gen++
-		switch l.op.Kind {
-		case StorePut:
-			c.blobs[l.op.Name] = storeBlob{data, c.gen}
-		case StoreTouch:
-			if b, ok := c.blobs[l.op.Name]; ok {
-				c.blobs[l.op.Name] = storeBlob{b.data, c.gen}
-			}
-		case StoreDelete:
-			delete(c.blobs, l.op.Name)
-		}
+	for _, l := range s.log[:k] {
+		c.redo(l, -1)
+	}
+	for _, i := range also {
+		c.redo(s.log[i], keep)
 	}
 	return c
+}
+
+func (s *Store) redo(l storeLogged, keep int64) {
+	data := l.data
+	if keep >= 0 {
+		data = data[:min(int64(len(data)), keep)]
+	}
+	s.gen++
+	switch l.op.Kind {
+	case StorePut:
+		s.blobs[l.op.Name] = storeBlob{data, s.gen}
+	case StoreTouch:
+		if b, ok := s.blobs[l.op.Name]; ok {
+			s.blobs[l.op.Name] = storeBlob{b.data, s.gen}
+		}
+	case StoreDelete:
+		delete(s.blobs, l.op.Name)
+	}
 }
 
 // BlobDamage is a way to damage a blob.

@@ -40,13 +40,14 @@ type env struct {
 	claims []invariant.Claim
 	points []repository.PointID        // acknowledged, in order
 	doomed map[repository.PointID]bool // somebody asked for their deletion
+	flight int                         // blocks that a backup has under way
 }
 
 func newEnv(seed uint64, dir string, o fakes.Options) *env {
 	o.Seed = seed
 	return &env{
 		rnd: rand.New(rand.NewPCG(seed, 5)), world: fakes.NewWorld(o), store: fakes.NewStore(), disk: journaltest.NewDisk(), dir: dir,
-		truth: map[repository.PointID]map[hypervisor.DiskID]invariant.Truth{}, doomed: map[repository.PointID]bool{},
+		truth: map[repository.PointID]map[hypervisor.DiskID]invariant.Truth{}, doomed: map[repository.PointID]bool{}, flight: 2,
 	}
 }
 
@@ -147,7 +148,7 @@ func (e *env) plain() *process {
 // backup backs up a VM, notes what it said of itself and what the truth is.
 func (p *process) backup(ctx context.Context, vm hypervisor.VMID, change func(*backup.Options)) (*backup.Result, error) {
 	o := &backup.Options{
-		StateDir: stateDir, JournalFS: p.fs, Endpoint: "fake://", Location: "store", BlockSize: repository.LeafSize, InFlight: 2,
+		StateDir: stateDir, JournalFS: p.fs, Endpoint: "fake://", Location: "store", BlockSize: repository.LeafSize, InFlight: p.e.flight,
 		CleanupTimeout: cleanup, Rand: p.rand, Takeover: func(string) bool { return true },
 	}
 	truth := map[hypervisor.DiskID]invariant.Truth{}

@@ -74,7 +74,7 @@ func (s site) modes() []mode {
 		switch fakes.StoreOpKind(s.op) {
 		case fakes.StorePut:
 			// Storage that tears what decides is refused: only content may be cut short.
-			if slices.Contains([]string{"blocks/", "maps/", "disks/", "files/"}, s.what) {
+			if tears(s.what) {
 				out = append(out, torn)
 			}
 		case fakes.StoreList:
@@ -87,6 +87,11 @@ func (s site) modes() []mode {
 		}
 	}
 	return append(out, hang, cancels, delay)
+}
+
+// tears says whether storage may cut blobs of a class short.
+func tears(what string) bool {
+	return slices.Contains([]string{"blocks/", "maps/", "disks/", "files/"}, what)
 }
 
 // injector counts the calls of a process and lets one of them fail. The zero value
@@ -104,6 +109,9 @@ type injector struct {
 
 	// latency is how long each call takes; a cancellation comes in the middle of it.
 	latency time.Duration
+
+	// watch sees every call before it is made, storage operations with what they are.
+	watch func(*fakes.StoreOp)
 
 	mu     sync.Mutex
 	second mode      // of the second fault, once it has struck
@@ -148,6 +156,12 @@ func (in *injector) next(s site) mode {
 		return ""
 	}
 	return in.mode
+}
+
+func (in *injector) look(op *fakes.StoreOp) {
+	if in.watch != nil {
+		in.watch(op)
+	}
 }
 
 // mark makes every later call fail.
@@ -215,6 +229,7 @@ func (s site) moves() bool {
 
 // Inject implements fakes.Injector.
 func (in *injector) Inject(c fakes.Call) fakes.Fault {
+	in.look(nil)
 	what := strings.Trim(string(c.VM)+" "+string(c.Disk), " ")
 	switch in.next(site{seamHypervisor, string(c.Op), what}) {
 	case failBefore, persistent:
@@ -248,6 +263,7 @@ func class(name string) string {
 
 // storage is a fakes.StoreHook.
 func (in *injector) storage(ctx context.Context, op fakes.StoreOp) fakes.StoreFault {
+	in.look(&op)
 	switch in.next(site{seamStorage, string(op.Kind), class(op.Name)}) {
 	case failBefore, persistent:
 		return fakes.StoreFault{Err: errBroken}
@@ -280,6 +296,7 @@ func (in *injector) storage(ctx context.Context, op fakes.StoreOp) fakes.StoreFa
 
 // journal is a journaltest.Hook.
 func (in *injector) journal(op journaltest.Op) journaltest.Fault {
+	in.look(nil)
 	what := strings.TrimPrefix(filepath.Ext(op.Name), ".")
 	switch in.next(site{seamJournal, string(op.Kind), what}) {
 	case failBefore, persistent:

@@ -43,6 +43,25 @@ func NewDisk() *Disk {
 	return &Disk{names: map[string]*inode{}, durable: map[string]*inode{}, locks: map[string]chan struct{}{}}
 }
 
+// Clone returns a disk as this one is now, which no process uses.
+func (d *Disk) Clone() *Disk {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := NewDisk()
+	c.ticks = d.ticks
+	copies := map[*inode]*inode{}
+	for _, m := range []struct{ from, to map[string]*inode }{{d.names, c.names}, {d.durable, c.durable}} {
+		for name, n := range m.from {
+			if copies[n] == nil {
+				// Bytes are never changed in place.
+				copies[n] = &inode{data: n.data, synced: n.synced, mod: n.mod}
+			}
+			m.to[name] = copies[n]
+		}
+	}
+	return c
+}
+
 // PowerCut takes away whatever was not durable. Processes must be killed before.
 func (d *Disk) PowerCut() {
 	d.mu.Lock()
