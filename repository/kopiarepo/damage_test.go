@@ -16,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/holdfast-backup/holdfast/internal/tally"
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
 )
@@ -127,9 +128,9 @@ func (s *shelf) compareFile(ctx context.Context, r repository.Repository, i int)
 
 // harm is one thing that happens to stored files.
 type harm struct {
-	how   string // flip, empty, truncate, lost or swap
+	how   string
 	name  string
-	other string // swapped with
+	other string // swapped with, or replaced by
 }
 
 func (h harm) String() string { return fmt.Sprintf("%s of %s (%s)", h.how, h.name, h.other) }
@@ -157,8 +158,20 @@ func (h harm) do(dir string, rnd *rand.Rand) (undo func() error, damaged bool, e
 		err = os.WriteFile(p, nil, 0o600)
 	case "truncate":
 		err = os.WriteFile(p, old[:rnd.IntN(len(old))], 0o600)
+	case "one byte":
+		err = os.WriteFile(p, old[:1], 0o600)
+	case "shorter":
+		err = os.WriteFile(p, old[:len(old)-1], 0o600)
+	case "longer":
+		err = os.WriteFile(p, append(slices.Clone(old), 0), 0o600)
 	case "lost":
 		err = os.Remove(p)
+	case "replaced":
+		b, rerr := os.ReadFile(other)
+		if rerr != nil || string(b) == string(old) {
+			return undo, false, rerr
+		}
+		err = os.WriteFile(p, b, 0o600)
 	case "swap":
 		b, rerr := os.ReadFile(other)
 		if rerr != nil || string(b) == string(old) {
@@ -171,23 +184,61 @@ func (h harm) do(dir string, rnd *rand.Rand) (undo func() error, damaged bool, e
 	return undo, true, err
 }
 
-// TestDamageIsFoundAndNamed flips single bits, and empties, truncates, removes and
-// swaps stored files, one at a time. HOLDFAST_FAULTS=all tries 500 flips, spread
-// over all files, and every file in every other way; the default is a tenth.
+// kin returns another file of the same kind, or any other if there is none.
+func kin(files []string, i int, rnd *rand.Rand) string {
+	kind := func(name string) string {
+		dir := filepath.Dir(name)
+		if head, _, ok := strings.Cut(name, "/"); ok && len(head) == 1 {
+			return head
+		}
+		return dir
+	}
+	var out []string
+	for k, name := range files {
+		if k != i && kind(name) == kind(files[i]) {
+			out = append(out, name)
+		}
+	}
+	if len(out) == 0 {
+		return files[(i+1+rnd.IntN(len(files)-1))%len(files)]
+	}
+	return out[rnd.IntN(len(out))]
+}
+
+// TestDamageIsFoundAndNamed flips single bits, and empties, truncates, lengthens,
+// removes, replaces and swaps stored files, one at a time. HOLDFAST_FAULTS=all tries
+// 500 flips, spread over all files, and every file in some of the other ways; with
+// HOLDFAST_NIGHTLY it is 2,000 flips, and all ways. The default is a tenth.
 func TestDamageIsFoundAndNamed(t *testing.T) {
 	s := newShelf(t)
 	rnd := seed(t)
 	files := s.files(t)
+	nightly := os.Getenv("HOLDFAST_NIGHTLY") != "" && os.Getenv("HOLDFAST_FAULTS") == "all"
+	flips, ways := 500, []string{"empty", "truncate", "lost", "swap"}
+	if nightly {
+		flips, ways = 2000, append(ways, "one byte", "shorter", "longer", "replaced")
+	}
 	var all []harm
-	for i := range max(500, len(files)) {
+	for i := range max(flips, len(files)) {
 		all = append(all, harm{how: "flip", name: files[i%len(files)]})
 	}
 	for i, name := range files {
-		other := files[(i+1+rnd.IntN(len(files)-1))%len(files)]
-		all = append(all, harm{"empty", name, ""}, harm{"truncate", name, ""}, harm{"lost", name, ""}, harm{"swap", name, other})
+		for _, how := range ways {
+			h := harm{how, name, ""}
+			switch how {
+			case "swap":
+				h.other = files[(i+1+rnd.IntN(len(files)-1))%len(files)]
+			case "replaced":
+				h.other = kin(files, i, rnd)
+			}
+			all = append(all, h)
+		}
 	}
 	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	if os.Getenv("HOLDFAST_FAULTS") != "all" {
+	if nightly {
+		_, of := tally.Shard(t)
+		all = all[:(len(all)+of-1)/of] // each shard has a repository of its own
+	} else if os.Getenv("HOLDFAST_FAULTS") != "all" {
 		all = all[:len(all)/10]
 	}
 	const workers = 2
@@ -215,6 +266,19 @@ func TestDamageIsFoundAndNamed(t *testing.T) {
 		}
 	})
 	t.Logf("damages of %d files: %v and %v", len(files), tried[0], tried[1])
+	if !nightly || t.Failed() {
+		return
+	}
+	var counts []tally.Count
+	for _, how := range append(ways, "flip") {
+		counts = append(counts, tally.Count{Name: how, Value: int64(tried[0][how] + tried[1][how])})
+	}
+	tally.Record(t, tally.Campaign{
+		Name:    "damage",
+		About:   "Stored files are damaged one at a time, with 2,000 flipped bits: verify names the points that are hit, those alone cannot be restored, and all others come back.",
+		Command: "HOLDFAST_NIGHTLY=1 HOLDFAST_FAULTS=all go test -timeout 90m -run '^TestDamageIsFoundAndNamed$' ./repository/kopiarepo",
+		Counts:  counts,
+	})
 }
 
 // TestRepairBringsBackFromCopies damages every file that has a copy, at once, and

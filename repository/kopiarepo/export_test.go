@@ -4,11 +4,15 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
+	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/blob/filesystem"
 	"github.com/kopia/kopia/repo/format"
 
+	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/secret"
 )
 
@@ -70,4 +74,52 @@ func StockOpens(ctx context.Context, dir string, password secret.Secret) bool {
 	}
 	_, err = format.NewManager(ctx, st, "", time.Minute, password.Reveal(), time.Now)
 	return err == nil
+}
+
+// VerifyFile checks one stored file as Verify does, without opening the engine, and
+// returns what it found; known is false for a file that protects nothing.
+func (r *Repository) VerifyFile(ctx context.Context, name string) (found []repository.Damage, known bool, err error) {
+	v := &verifier{
+		r: r, all: true, opts: &repository.VerifyOptions{Level: repository.VerifyBlobs}, report: &repository.VerifyReport{},
+		bad: map[blob.ID]bool{}, good: map[blob.ID]bool{},
+	}
+	own := strings.TrimPrefix(strings.TrimPrefix(name, primary), mirror)
+	switch head, _, _ := strings.Cut(own, "/"); {
+	case slices.Contains(slotNames[:], name):
+		err = v.slots(ctx)
+	case name == shardsFile:
+		err = v.shards(ctx)
+	case own == name || head == strings.TrimSuffix(copiesDir, "/"):
+		return r.verifyBlob(ctx, v, name)
+	case head == "records", head == "anchors":
+		err = v.selectPoints(ctx)
+	case head == strings.TrimSuffix(packsDir, "/"):
+		err = v.pair(ctx, typePacks, own, false)
+	case own == quarantineName:
+		err = v.pair(ctx, typePacks, own, true)
+	case own == formatName:
+		err = v.format(ctx)
+	case head == "notes":
+		err = v.noteFiles(ctx)
+	case head == inventoryDir, own == inventoryHead:
+		err = v.inventoryFiles(ctx)
+	default:
+		return nil, false, nil
+	}
+	return v.report.Damages, true, err
+}
+
+func (r *Repository) verifyBlob(ctx context.Context, v *verifier, name string) ([]repository.Damage, bool, error) {
+	for _, e := range r.inv.all() {
+		files := append([]string{blobFile(blob.ID(e.Name))}, v.copies(e.Name)...)
+		if !slices.Contains(files, name) {
+			continue
+		}
+		d, err := v.blob(ctx, e)
+		if d != nil {
+			v.found(*d)
+		}
+		return v.report.Damages, true, err
+	}
+	return nil, false, nil
 }
