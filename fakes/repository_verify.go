@@ -99,6 +99,27 @@ func (v *verifier) run(ctx context.Context) error {
 			return err
 		}
 	}
+	return v.forgive(ctx)
+}
+
+// forgive takes back what was found of points that somebody deleted meanwhile.
+func (v *verifier) forgive(ctx context.Context) error {
+	if len(v.report.Damages) == 0 {
+		return nil
+	}
+	sc, err := v.r.scan(ctx, "")
+	if err != nil {
+		return err
+	}
+	gone := func(id repository.PointID) bool { return sc.find(id) == nil }
+	v.report.Points = slices.DeleteFunc(v.report.Points, gone)
+	v.report.Damages = slices.DeleteFunc(v.report.Damages, func(d repository.Damage) bool {
+		return len(d.Points) > 0 && !slices.ContainsFunc(d.Points, func(id repository.PointID) bool { return !gone(id) })
+	})
+	for i := range v.report.Damages {
+		d := &v.report.Damages[i]
+		d.Points = slices.DeleteFunc(slices.Clone(d.Points), gone)
+	}
 	return nil
 }
 

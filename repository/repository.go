@@ -32,7 +32,8 @@ type Repository interface {
 	Delete(ctx context.Context, id PointID, lock Lock) error
 
 	// Verify checks what is stored. Damage is not an error but a finding in the
-	// report; an error means that the check itself could not be finished.
+	// report; an error means that the check itself could not be finished. That a
+	// point is deleted meanwhile is no damage.
 	Verify(ctx context.Context, opts *VerifyOptions) (*VerifyReport, error)
 
 	// Maintain gives back space and renews what protects the repository, under

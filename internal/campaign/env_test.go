@@ -9,11 +9,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/fakes"
 	"github.com/holdfast-backup/holdfast/hypervisor"
+	"github.com/holdfast-backup/holdfast/internal/clock"
 	"github.com/holdfast-backup/holdfast/internal/invariant"
 	"github.com/holdfast-backup/holdfast/internal/journal"
 	"github.com/holdfast-backup/holdfast/internal/journal/journaltest"
@@ -30,6 +32,9 @@ const (
 
 // env is a world: what outlives processes, and the truth about it.
 type env struct {
+	mu     sync.Mutex // guards what several processes of a simulation learn
+	shared bool       // others are at work: hooks stay
+
 	rnd    *rand.Rand
 	world  *fakes.World
 	store  *fakes.Store
@@ -106,11 +111,17 @@ type process struct {
 	fs   *journaltest.Process
 	disk *journaltest.Disk
 	rand io.Reader
+
+	holder   string                   // in leases
+	takeover func(holder string) bool // is that one dead?
+	clock    clock.Clock
 }
+
+func anybody(string) bool { return true }
 
 // start makes a process. With in, it may fail to open the repository.
 func (e *env) start(ctx context.Context, in *injector) (*process, error) {
-	p := &process{e: e, in: in, hv: e.world.Connect(), disk: e.disk, rand: e.chacha()}
+	p := &process{e: e, in: in, hv: e.world.Connect(), disk: e.disk, rand: e.chacha(), takeover: anybody}
 	var hook journaltest.Hook
 	if in != nil {
 		hook = in.journal
@@ -139,6 +150,11 @@ func (e *env) chacha() io.Reader {
 
 // plain starts a process that meets no faults.
 func (e *env) plain() *process {
+	if e.shared { // it only looks
+		repo, err := e.store.Open(context.Background(), fakes.RepositoryOptions{Seed: 1})
+		must(err)
+		return &process{e: e, hv: e.world.Connect(), repo: repo}
+	}
 	e.store.SetHook(nil)
 	p, err := e.start(context.Background(), nil)
 	must(err)
@@ -149,7 +165,7 @@ func (e *env) plain() *process {
 func (p *process) backup(ctx context.Context, vm hypervisor.VMID, change func(*backup.Options)) (*backup.Result, error) {
 	o := &backup.Options{
 		StateDir: stateDir, JournalFS: p.fs, Endpoint: "fake://", Location: "store", BlockSize: repository.LeafSize, InFlight: p.e.flight,
-		CleanupTimeout: cleanup, Rand: p.rand, Takeover: func(string) bool { return true },
+		CleanupTimeout: cleanup, Rand: p.rand, Takeover: p.takeover, Holder: p.holder, Clock: p.clock,
 	}
 	truth := map[hypervisor.DiskID]invariant.Truth{}
 	o.Events = &backup.Events{Stage: func(ev backup.StageEvent) {
@@ -168,6 +184,8 @@ func (p *process) backup(ctx context.Context, vm hypervisor.VMID, change func(*b
 		change(o)
 	}
 	res, err := backup.Run(ctx, p.hv, p.repo, vm, o)
+	p.e.mu.Lock()
+	defer p.e.mu.Unlock()
 	if p.in != nil && p.in.wasKilled() {
 		p.e.pending(res, truth)
 		return res, fakes.ErrKilled // nobody hears what it says
@@ -223,6 +241,7 @@ func (p *process) target() hypervisor.Target { return p.hv.(hypervisor.Target) }
 func (p *process) restoreOptions() *restore.Options {
 	return &restore.Options{
 		StateDir: stateDir, JournalFS: p.fs, Endpoint: "fake://", Location: "store", InFlight: 2, CleanupTimeout: cleanup, Rand: p.rand,
+		Clock: p.clock,
 	}
 }
 
@@ -295,7 +314,8 @@ func (p *process) recover(ctx context.Context) error {
 		StateDir: stateDir, JournalFS: p.fs, Location: "store",
 		Connect:        func(context.Context, string) (hypervisor.Hypervisor, error) { return p.hv, nil },
 		OpenRepository: func(context.Context, string) (repository.Repository, error) { return p.repo, nil },
-		Takeover:       func(string) bool { return true },
+		Takeover:       p.takeover,
+		Clock:          p.clock,
 	})
 	for _, d := range done {
 		if d.Err != nil {

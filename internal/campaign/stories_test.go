@@ -106,7 +106,7 @@ func newest(p *process) repository.PointID { return p.e.points[len(p.e.points)-1
 
 // prune deletes points and maintains the repository.
 func prune(ctx context.Context, p *process, ids []repository.PointID) (err error) {
-	lock, err := p.repo.Lock(ctx, repository.LockMaintenance, repository.LockOptions{Holder: "prune", Takeover: func(string) bool { return true }})
+	lock, err := p.repo.Lock(ctx, repository.LockMaintenance, repository.LockOptions{Holder: p.holder, Takeover: p.takeover})
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,9 @@ func prune(ctx context.Context, p *process, ids []repository.PointID) (err error
 		err = errors.Join(err, lock.Release(rctx))
 	}()
 	for _, id := range ids {
+		p.e.mu.Lock()
 		p.e.doomed[id] = true
+		p.e.mu.Unlock()
 		if err := p.repo.Delete(ctx, id, lock); err != nil {
 			return err
 		}

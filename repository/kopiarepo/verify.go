@@ -64,16 +64,7 @@ func (v *verifier) progress(n int64) {
 
 func (v *verifier) run(ctx context.Context) error {
 	r := v.r
-	if err := r.inv.load(ctx); err != nil {
-		return err
-	}
-	if err := r.loadQuarantine(ctx); err != nil {
-		return err
-	}
-	if err := v.selectPoints(ctx); err != nil {
-		return err
-	}
-	if err := v.ownFiles(ctx); err != nil {
+	if err := v.settled(ctx); err != nil {
 		return err
 	}
 	v.r.store.forgetSource()
@@ -95,7 +86,69 @@ func (v *verifier) run(ctx context.Context) error {
 	if v.opts.Level >= repository.VerifyBlobs {
 		v.quarantine(ctx)
 	}
+	if err := v.forgive(ctx); err != nil {
+		return err
+	}
 	v.merge()
+	return nil
+}
+
+// settled finds the points and checks our own files. Others may be at work: what is
+// found is looked for again, and what was gone by itself was no damage.
+func (v *verifier) settled(ctx context.Context) error {
+	var before []repository.Damage
+	for pass := range 5 {
+		v.points, v.report = nil, &repository.VerifyReport{}
+		if err := v.r.inv.load(ctx); err != nil {
+			return err
+		}
+		if err := v.r.loadQuarantine(ctx); err != nil {
+			return err
+		}
+		if err := v.selectPoints(ctx); err != nil {
+			return err
+		}
+		if err := v.ownFiles(ctx); err != nil {
+			return err
+		}
+		if pass > 0 {
+			v.report.Damages = slices.DeleteFunc(v.report.Damages, func(d repository.Damage) bool {
+				return !slices.ContainsFunc(before, func(b repository.Damage) bool { return b.Object == d.Object && b.Problem == d.Problem })
+			})
+		}
+		now := v.report.Damages
+		if len(now) == 0 || pass > 0 && len(now) == len(before) {
+			break
+		}
+		before = now
+	}
+	return nil
+}
+
+// forgive takes back what was found of points that somebody deleted meanwhile.
+func (v *verifier) forgive(ctx context.Context) error {
+	if len(v.report.Damages) == 0 {
+		return nil
+	}
+	chains, err := v.r.allChains(ctx)
+	if err != nil {
+		return err
+	}
+	dead := map[repository.PointID]bool{}
+	for _, c := range chains {
+		for id := range c.dead {
+			dead[id] = true
+		}
+	}
+	gone := func(id repository.PointID) bool { return dead[id] }
+	v.report.Points = slices.DeleteFunc(v.report.Points, gone)
+	v.report.Damages = slices.DeleteFunc(v.report.Damages, func(d repository.Damage) bool {
+		return len(d.Points) > 0 && !slices.ContainsFunc(d.Points, func(id repository.PointID) bool { return !dead[id] })
+	})
+	for i := range v.report.Damages {
+		d := &v.report.Damages[i]
+		d.Points = slices.DeleteFunc(slices.Clone(d.Points), gone)
+	}
 	return nil
 }
 
