@@ -451,8 +451,12 @@ func TestSimulation(t *testing.T) {
 		Command: fmt.Sprintf("HOLDFAST_SIM=%d HOLDFAST_SEED=%d go test -timeout 120m -run '^TestSimulation$' ./internal/campaign", count, first),
 		Seed:    first, Violations: int64(violations),
 		Counts: []tally.Count{
-			{Name: "lives", Value: int64(worlds)}, {Name: "lived twice", Value: int64(again)}, {Name: "decisions", Value: int64(all.n)},
-			{Name: "faults", Value: int64(all.faults)}, {Name: "kills", Value: int64(all.kills)}, {Name: "jumps of clocks", Value: int64(all.jumps)},
+			{Name: "lives", Value: int64(worlds)},
+			{Name: "lived twice", Value: int64(again)},
+			{Name: "decisions", Value: int64(all.n)},
+			{Name: "faults", Value: int64(all.faults)},
+			{Name: "kills", Value: int64(all.kills)},
+			{Name: "jumps of clocks", Value: int64(all.jumps)},
 		},
 	})
 }
