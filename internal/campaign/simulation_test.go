@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/fakes"
 	"github.com/holdfast-backup/holdfast/hypervisor"
+	"github.com/holdfast-backup/holdfast/internal/clock"
 	"github.com/holdfast-backup/holdfast/internal/invariant"
 	"github.com/holdfast-backup/holdfast/internal/tally"
 	"github.com/holdfast-backup/holdfast/repository"
@@ -274,7 +275,7 @@ func (m *simulation) jump() {
 	by := []time.Duration{time.Second, time.Minute, 4 * time.Minute, 11 * time.Minute, 3 * time.Hour, 30 * time.Hour}[m.rnd.IntN(6)]
 	if m.rnd.IntN(3) > 0 {
 		m.say("%s pass", by)
-		time.Sleep(by) //nolint:forbidigo // of the bubble
+		_ = clock.Sleep(context.Background(), clock.Real(), by) // its end is all that happens
 		return
 	}
 	h := m.hosts[m.rnd.IntN(len(m.hosts))]
@@ -329,7 +330,7 @@ func (m *simulation) honest() error {
 // end recovers every host, makes a clean backup of each VM, and asks for the promise.
 func (m *simulation) end() error {
 	m.shared = false
-	time.Sleep(time.Hour) //nolint:forbidigo // of the bubble: leases end
+	_ = clock.Sleep(context.Background(), clock.Real(), time.Hour) // leases end
 	m.store.SetHook(nil)
 	for range 2 {
 		for _, h := range m.hosts {
