@@ -230,8 +230,11 @@ func TestSoak(t *testing.T) {
 		About:   "16 writers, 8 readers and a pruner work on one repository for ten minutes, as processes of which one is killed every few seconds, on a clock that goes 6 hours a minute.",
 		Command: "HOLDFAST_SOAK=10m go test -timeout 30m -run '^TestSoak$' ./repository/kopiarepo",
 		Counts: []tally.Count{
-			{Name: "points acknowledged", Value: int64(len(s.acked))}, {Name: "points deleted", Value: int64(len(s.going))},
-			{Name: "reads", Value: int64(s.reads)}, {Name: "kills", Value: int64(killed)}, {Name: "packs deleted by maintenance", Value: int64(len(gone))},
+			{Name: "points acknowledged", Value: int64(len(s.acked))},
+			{Name: "points deleted", Value: int64(len(s.going))},
+			{Name: "reads", Value: int64(s.reads)},
+			{Name: "kills", Value: int64(killed)},
+			{Name: "packs deleted by maintenance", Value: int64(len(gone))},
 		},
 	})
 }

@@ -98,9 +98,9 @@ func imageOf(number, n int) *image {
 		version := n - (n-int(i))%int(m.count()) // each version changes one block
 		h := fnv.New64a()
 		if i == 0 {
-			fmt.Fprintf(h, "shared %d", version/7)
+			_, _ = fmt.Fprintf(h, "shared %d", version/7)
 		} else {
-			fmt.Fprintf(h, "%d %d %d", number, i, version)
+			_, _ = fmt.Fprintf(h, "%d %d %d", number, i, version)
 		}
 		b := make([]byte, m.blockLen(i))
 		rnd := rand.New(rand.NewPCG(h.Sum64(), 1))
