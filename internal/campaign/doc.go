@@ -5,6 +5,7 @@
 // of tests.
 //
 // HOLDFAST_FAULTS chooses how much: empty is a sample for go test, ci fails every
-// call in some of the ways, all in all of them, divided by HOLDFAST_SHARD=i/n.
+// call in some of the ways, all in all of them, divided by HOLDFAST_SHARD=i/n; errors
+// is enough to see whether errors are heard.
 // HOLDFAST_FAULT replays one failure, as it was printed.
 package campaign

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -115,6 +116,7 @@ type process struct {
 	holder   string                   // in leases
 	takeover func(holder string) bool // is that one dead?
 	clock    clock.Clock
+	told     strings.Builder // results of runs, for what they say of failures
 }
 
 func anybody(string) bool { return true }
@@ -186,6 +188,7 @@ func (p *process) backup(ctx context.Context, vm hypervisor.VMID, change func(*b
 	res, err := backup.Run(ctx, p.hv, p.repo, vm, o)
 	p.e.mu.Lock()
 	defer p.e.mu.Unlock()
+	fmt.Fprintf(&p.told, "%+v\n", *res)
 	if p.in != nil && p.in.wasKilled() {
 		p.e.pending(res, truth)
 		return res, fakes.ErrKilled // nobody hears what it says

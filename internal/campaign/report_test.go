@@ -76,7 +76,7 @@ func (s *summary) shot(x shot, hit bool) {
 // never lists a shot for each way in which a kind of call has not failed yet, when the
 // campaign is one that has to do all of them.
 func (s *summary) never() (out []shot) {
-	if os.Getenv("HOLDFAST_FAULTS") == "" {
+	if how := os.Getenv("HOLDFAST_FAULTS"); how == "" || how == "errors" {
 		return nil
 	}
 	for _, k := range slices.Sorted(maps.Keys(s.example)) {
@@ -182,7 +182,7 @@ func (s *summary) report(t *testing.T) {
 	}
 	require.LessOrEqual(t, s.missed*200, s.runs, "shots that hit nothing")
 	how := os.Getenv("HOLDFAST_FAULTS")
-	if how == "" {
+	if how == "" || how == "errors" {
 		require.GreaterOrEqual(t, s.runs, 200)
 		return
 	}

@@ -138,6 +138,20 @@ func verify(ctx context.Context, p *process, o *repository.VerifyOptions) error 
 	return nil
 }
 
+// recovers recovers, and believes it.
+func recovers(ctx context.Context, p *process) error {
+	err := p.recover(ctx)
+	if err != nil || p.in.wasKilled() {
+		return err
+	}
+	for _, l := range p.e.world.Leftovers() {
+		if !l.Baseline {
+			return violation("I5: recover says that all is closed, and %s is there", l.ID)
+		}
+	}
+	return nil
+}
+
 func twoVMs(e *env) { e.addVM(fakes.VMConfig{}) }
 
 func threePoints(e *env) {
@@ -249,30 +263,30 @@ var stories = []story{
 	{name: "verify of all data", act: func(ctx context.Context, p *process) error {
 		return verify(ctx, p, &repository.VerifyOptions{Level: repository.VerifyData})
 	}},
-	{name: "recover, snapshot left", before: killed(fakes.OpOpenDisk, killAfter), act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
+	{name: "recover, snapshot left", before: killed(fakes.OpOpenDisk, killAfter), act: recovers},
 	{name: "recover, frozen", vm: agent(fakes.Guest{}), before: func(e *env) {
 		g := fakes.Guest{Agent: true, Family: "linux"}
 		bad := g
 		bad.ThawFails = -1
 		killed(fakes.OpThaw, killBefore, func() { must(e.world.SetGuest(e.vms[0], bad)) })(e)
 		must(e.world.SetGuest(e.vms[0], g))
-	}, act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
-	{name: "recover, baselines", before: killed(fakes.OpForgetBaseline, killBefore), act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
+	}, act: recovers},
+	{name: "recover, baselines", before: killed(fakes.OpForgetBaseline, killBefore), act: recovers},
 	{name: "recover on another host", before: func(e *env) {
 		killed(fakes.OpOpenDisk, killAfter)(e)
 		e.disk = newDisk()
-	}, act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
+	}, act: recovers},
 	{name: "recover, torn journal", before: func(e *env) {
 		e.mustBackup(nil)
 		e.scribble(e.vms[0])
 		e.dying(target{site{seamJournal, string(journaltest.OpWrite), "journal"}, 4}, torn, one(nil))
-	}, act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
+	}, act: recovers},
 	{name: "recover, unfinished VM", before: func(e *env) {
 		e.mustBackup(nil)
 		e.dying(target{site{seamHypervisor, string(fakes.OpFinishVM), "*"}, 1}, killBefore, func(ctx context.Context, p *process) error {
 			return p.toVM(ctx, newest(p), &restore.VMOptions{Name: "copy"})
 		})
-	}, act: func(ctx context.Context, p *process) error { return p.recover(ctx) }},
+	}, act: recovers},
 	{name: "backup after a kill", before: killed(fakes.OpOpenDisk, killAfter), act: one(nil)},
 	{name: "backup by another host after a kill", before: func(e *env) {
 		killed(fakes.OpRelease, killBefore)(e)

@@ -37,7 +37,7 @@ func (t *Tester) Find(ctx context.Context, p *Patch) Finding {
 		f.Err = err
 		return f
 	}
-	r, err := t.Run(ctx, files, pattern(p.Test), p.Pkg)
+	r, err := t.Run(ctx, files, Stage{Run: pattern(p.Test), Pkgs: []string{p.Pkg}})
 	if err != nil {
 		f.Err = fmt.Errorf("%s: %w", p.Name, err)
 		return f
@@ -102,7 +102,7 @@ func (t *Tester) Sound(ctx context.Context, patches []*Patch) error {
 	plain := map[string][]string{} // package: tests
 	var errs []error
 	run := func(pkg, pattern string) {
-		r, err := t.Run(ctx, nil, pattern, pkg)
+		r, err := t.Run(ctx, nil, Stage{Run: pattern, Pkgs: []string{pkg}})
 		if err == nil && r.Outcome != Passed {
 			err = fmt.Errorf("%s %s: %w\n%s", pkg, pattern, ErrBaseline, r.Output)
 		}

@@ -43,11 +43,11 @@ type Report struct {
 	Took    time.Duration
 }
 
-// Run runs the tests of packages whose names match a -run pattern, with the given
-// files, named from the module's root, in place of those of the module. It fails
-// fast. An error means that the go command could not be run.
-func (t *Tester) Run(ctx context.Context, files map[string][]byte, run string, pkgs ...string) (*Report, error) {
-	args := []string{"test", "-vet=off", "-failfast", "-timeout", t.timeout().String(), "-run", run}
+// Run runs the tests of a stage, with the given files, named from the module's root,
+// in place of those of the module. It fails fast. An error means that the go command
+// could not be run.
+func (t *Tester) Run(ctx context.Context, files map[string][]byte, stage Stage) (*Report, error) {
+	args := []string{"test", "-vet=off", "-failfast", "-timeout", t.timeout().String(), "-run", stage.Run}
 	if len(files) > 0 {
 		dir, err := os.MkdirTemp("", "planted")
 		if err != nil {
@@ -64,10 +64,10 @@ func (t *Tester) Run(ctx context.Context, files map[string][]byte, run string, p
 	if len(name) == 0 {
 		name = []string{"go"}
 	}
-	args = append(append(name[1:len(name):len(name)], args...), pkgs...)
+	args = append(append(name[1:len(name):len(name)], args...), stage.Pkgs...)
 	cmd := exec.CommandContext(ctx, name[0], args...)
 	cmd.Dir = t.Root
-	cmd.Env = append(os.Environ(), "HOLDFAST_SEED="+t.Seed)
+	cmd.Env = append(append(os.Environ(), "HOLDFAST_SEED="+t.Seed), stage.Env...)
 	cmd.WaitDelay = 10 * time.Second
 	c := t.Clock
 	if c == nil {

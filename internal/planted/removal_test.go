@@ -48,7 +48,7 @@ func Sync() int {
 	sites, err := Sites(os.DirFS(tester.Root), "calc")
 	require.NoError(t, err)
 	require.Len(t, sites, 3)
-	suite := Suite{Pkg: "./calc", Stages: []Stage{{"Loop", []string{"./calc"}}, {".", []string{"./calc"}}}}
+	suite := Suite{Pkg: "./calc", Stages: []Stage{{Run: "Loop", Pkgs: []string{"./calc"}}, {Run: ".", Pkgs: []string{"./calc"}}}}
 	var got []Verdict
 	for _, s := range sites {
 		r, err := tester.Remove(t.Context(), Drawn{s, suite})
@@ -74,7 +74,7 @@ func TestRemovalKilled(t *testing.T) {
 		"package calc\n\nimport \"errors\"\n\nfunc Add(a, b int) int {\n\terr := errors.New(\"x\")\n\tif err != nil {\n\t\treturn a + b\n\t}\n\treturn 0\n}\n"), 0o600))
 	sites, err := Sites(os.DirFS(tester.Root), "calc")
 	require.NoError(t, err)
-	r, err := tester.Remove(t.Context(), Drawn{sites[0], Suite{Stages: []Stage{{"Add", []string{"./calc"}}}}})
+	r, err := tester.Remove(t.Context(), Drawn{sites[0], Suite{Stages: []Stage{{Run: "Add", Pkgs: []string{"./calc"}}}}})
 	require.NoError(t, err)
 	require.Equal(t, Killed, r.Verdict)
 	require.Equal(t, "TestAdd/one_two", r.By)

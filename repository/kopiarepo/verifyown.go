@@ -84,10 +84,15 @@ func (v *verifier) pair(ctx context.Context, t fileType, name string, optional b
 	v.count(2)
 	for i := range cs {
 		if cs[i].err != nil {
-			v.found(repository.Damage{
+			d := repository.Damage{
 				Object: cs[i].prefix + name, Problem: problemOf(cs[i].err), Detail: cs[i].err.Error(),
 				Repairable: cs[1-i].err == nil,
-			})
+			}
+			if t == typeNote && cs[i].absent && d.Repairable {
+				// Nobody can tell which.
+				d.Detail = "its other form is good: this one was lost, or a process ended between the two"
+			}
+			v.found(d)
 		}
 	}
 	return nil
