@@ -80,6 +80,10 @@ func critical(name string) bool {
 
 // load reads log entries newer than the known head.
 func (v *inventory) load(ctx context.Context) error {
+	anchored, err := v.anchored(ctx) // first: what it names is in a list that is made later
+	if err != nil {
+		return err
+	}
 	l, err := v.own.listNumbered(ctx, inventoryDir)
 	if err != nil {
 		return fmt.Errorf("inventory: %w", err)
@@ -87,15 +91,10 @@ func (v *inventory) load(ctx context.Context) error {
 	v.mu.Lock()
 	head := v.head
 	v.mu.Unlock()
-	numbers := l.numbers()
-	numbers = slices.DeleteFunc(numbers, func(n int64) bool { return n <= head })
-	if len(numbers) == 0 {
-		return nil
-	}
-	anchored, err := v.anchored(ctx)
-	if err != nil {
-		return err
-	}
+	numbers := slices.DeleteFunc(l.numbers(), func(n int64) bool {
+		// The copy of an entry whose writer died before it was made is none.
+		return n <= head || !l.primary[n] && n > anchored
+	})
 	start := 0
 	if head == 0 {
 		// Begin at the newest entry that holds everything and can be trusted.
@@ -109,10 +108,6 @@ func (v *inventory) load(ctx context.Context) error {
 		}
 	}
 	for i := start; i < len(numbers); i++ {
-		n := numbers[i]
-		if !l.primary[n] && n > anchored {
-			continue // the copy of an entry whose writer died before it was made
-		}
 		want := sum{}
 		if i+1 < len(numbers) {
 			if next, err := v.read(ctx, numbers[i+1], l, sum{}); err != nil {
@@ -121,11 +116,16 @@ func (v *inventory) load(ctx context.Context) error {
 				want = next.Prev
 			}
 		}
-		e, err := v.read(ctx, n, l, want)
+		e, err := v.read(ctx, numbers[i], l, want)
 		if err != nil {
 			return err
 		}
-		v.apply(n, e)
+		v.apply(numbers[i], e)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if gap := fmt.Sprintf("%s: what came after entry %d", inventoryDir, v.head); v.head < anchored && !slices.Contains(v.gaps, gap) {
+		v.gaps = append(v.gaps, gap)
 	}
 	return nil
 }

@@ -1,0 +1,62 @@
+package kopiarepo_test
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/holdfast-backup/holdfast/repository"
+	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
+)
+
+// TestUnfinishedInventoryEntry kills maintenance when of an entry of the inventory, and
+// one of them holds everything, only the copy is there: the entries before it count,
+// and the next process goes on.
+func TestUnfinishedInventoryEntry(t *testing.T) {
+	ctx := context.Background()
+	base := t.TempDir() + "/base"
+	m, id := small(t, base)
+	for k := int64(1); ; k++ {
+		cfg := config(copyTree(t, base))
+		var entries atomic.Int64
+		cfg.StorageHook = func(_ context.Context, op kopiarepo.StorageOp) (func(error) error, error) {
+			if op.Kind == kopiarepo.OpCreate && strings.HasPrefix(op.Name, "holdfast/inventory/") {
+				entries.Add(1)
+			}
+			if entries.Load() >= k {
+				return nil, errInjected
+			}
+			return nil, nil
+		}
+		r, err := kopiarepo.Open(ctx, cfg)
+		require.NoError(t, err)
+		lock, err := r.Lock(ctx, repository.LockMaintenance, repository.LockOptions{})
+		require.NoError(t, err)
+		_, err = r.Maintain(ctx, lock, &repository.MaintainOptions{Full: true})
+		_ = r.Close() // it is dead
+		if entries.Load() < k {
+			require.NoError(t, err)
+			require.Greater(t, k, int64(2))
+			return
+		}
+		require.ErrorIs(t, err, errInjected)
+
+		r = open(t, config(cfg.Dir))
+		rep, err := r.Verify(ctx, &repository.VerifyOptions{Level: repository.VerifyData})
+		require.NoError(t, err)
+		require.Empty(t, rep.Damages)
+		_, known, err := r.VerifyFile(ctx, "kopia.repository.f")
+		require.NoError(t, err)
+		require.True(t, known, "entry %d: the inventory knows of nothing that was stored", k)
+		lock, err = r.Lock(ctx, repository.LockMaintenance, repository.LockOptions{Takeover: func(string) bool { return true }})
+		require.NoError(t, err)
+		_, err = r.Maintain(ctx, lock, &repository.MaintainOptions{Full: true})
+		require.NoError(t, err)
+		require.NoError(t, lock.Release(ctx))
+		_, err = backup(ctx, r, map[string]*image{"d": m}, backupOptions{chain: "vm", run: "r2", parent: id})
+		require.NoError(t, err)
+	}
+}
