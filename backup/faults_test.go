@@ -185,7 +185,11 @@ func (r *rig) afterStore(note string) {
 
 // TestCancelAtEveryCall cancels the run during call k.
 func TestCancelAtEveryCall(t *testing.T) {
-	for k := 1; ; k++ {
+	step := 1
+	if testing.Short() { // under the race detector
+		step = 4
+	}
+	for k := 1; ; k += step {
 		r := scenario(t)
 		plain := r.hv
 		ctx, cancel := context.WithCancel(t.Context())
