@@ -156,7 +156,7 @@ func (in *injection) transfer(ctx context.Context, c Call, n int, move func(k in
 		return 0, err
 	}
 	done, err := move(n / 2)
-	if err == nil {
+	if err == nil || err == io.EOF { //nolint:errorlint // a wrapped one is no end of the disk
 		if err = f.Err; err == nil {
 			err = io.ErrUnexpectedEOF
 		}

@@ -141,8 +141,8 @@ func verify(ctx context.Context, p *process, o *repository.VerifyOptions) error 
 // recovers recovers, and believes it.
 func recovers(ctx context.Context, p *process) error {
 	err := p.recover(ctx)
-	if err != nil || p.in.wasKilled() {
-		return err
+	if err != nil || p.in.wasKilled() || p.in.mode == stale {
+		return err // what a list hides, nobody can know
 	}
 	for _, l := range p.e.world.Leftovers() {
 		if !l.Baseline {

@@ -91,7 +91,8 @@ func (w *writer) maybeCheckpoint(ctx context.Context) error {
 	}
 	w.unsaved.Store(0)
 	w.lastSaved = now
-	if err := w.saveCheckpoint(ctx); err != nil {
+	gctx, done := w.r.store.guard(ctx)
+	if err := done(w.saveCheckpoint(gctx)); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	return nil

@@ -35,16 +35,19 @@ func (w *writer) Commit(ctx context.Context, info *repository.CommitInfo) (_ *re
 	w.ended = true
 	w.mu.Unlock()
 
+	outer := ctx
+	ctx, done := w.r.store.guard(ctx)
 	var saved manifest.ID
 	defer func() {
-		if err == nil {
+		if err = done(err); err == nil {
 			return
 		}
 		orphan := saved
 		if errors.Is(err, repository.ErrOutcomeUnknown) {
 			orphan = "" // the record may exist, and needs it
 		}
-		if cerr := w.end(ctx, orphan); cerr != nil {
+		ectx, ended := w.r.store.guard(outer)
+		if cerr := ended(w.end(ectx, orphan)); cerr != nil {
 			w.r.cfg.Logger.Warn("what a failed commit left is for maintenance to remove", "point", w.id, "error", cerr)
 		}
 		err = fmt.Errorf("commit of point %s: %w", w.id, err)

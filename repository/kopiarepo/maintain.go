@@ -32,7 +32,8 @@ func (r *Repository) Maintain(ctx context.Context, lock repository.Lock, opts *r
 	r.maintaining.Lock()
 	defer r.maintaining.Unlock()
 	m := &maintainer{r: r, lock: lock, full: opts != nil && opts.Full, report: &repository.MaintainReport{}}
-	err := m.run(ctx)
+	gctx, done := r.store.guard(ctx)
+	err := done(m.run(gctx))
 	if err != nil {
 		err = fmt.Errorf("maintain: %w", err)
 	}

@@ -94,8 +94,10 @@ func (r *Repository) Open(ctx context.Context, id repository.PointID) (repositor
 	}
 	e := c.live[id]
 	if e == nil {
-		if _, ok := c.lostAt[id]; ok {
-			return nil, fmt.Errorf("point %s: %w: it is listed, but its record is not to be trusted or gone", id, repository.ErrDamaged)
+		for _, p := range c.lost {
+			if p.ID == id {
+				return nil, fmt.Errorf("point %s: %w: it is %s: %s", id, repository.ErrDamaged, p.State, p.Detail)
+			}
 		}
 		return nil, fmt.Errorf("point %s: %w", id, repository.ErrNotFound)
 	}

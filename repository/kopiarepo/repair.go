@@ -52,7 +52,8 @@ func Repair(ctx context.Context, cfg Config, dest string) (*RepairReport, error)
 		return nil, fmt.Errorf("repair: %w", err)
 	}
 	p := &repairer{r: r, to: newDirStore(to, cfg.StorageHook), report: &RepairReport{}}
-	if err := p.run(ctx); err != nil {
+	gctx, done := r.store.guard(ctx)
+	if err := done(p.run(gctx)); err != nil {
 		return p.report, fmt.Errorf("repair into %s: %w", to, err)
 	}
 	fixed := cfg

@@ -37,6 +37,7 @@ type soak struct {
 	read  map[repository.PointID]string
 	wrong []string
 	reads int
+	full  int      // maintenances that ended
 	noise []string // what else was printed
 }
 
@@ -62,6 +63,8 @@ func (s *soak) hear(who string, out io.Reader) {
 			}
 			s.read[repository.PointID(f[1])] = f[2]
 			s.reads++
+		case line == "maintained":
+			s.full++
 		case len(f) > 0 && f[0] == "wrong":
 			s.wrong = append(s.wrong, line)
 		case line != "" && line != "PASS":
@@ -145,8 +148,16 @@ func TestSoak(t *testing.T) {
 	}
 	s.end = s.start.Add(long)
 	cfg := config(s.dir)
+	cfg.Clock = func() time.Time { return s.start.Add(-48 * time.Hour) }
+	r := create(t, cfg)
+	for number := range soakWriters { // something that is old enough to go
+		for n := range 5 {
+			_, err := backup(ctx, r, map[string]*image{"d": imageOf(number, n)}, backupOptions{chain: fmt.Sprintf("vm-%d", number), run: fmt.Sprintf("r%dx", n)})
+			require.NoError(t, err)
+		}
+	}
+	require.NoError(t, r.Close())
 	cfg.Clock = soakClock(s.start)
-	require.NoError(t, create(t, cfg).Close())
 
 	var kills []chan struct{}
 	var wait sync.WaitGroup
@@ -194,7 +205,7 @@ func TestSoak(t *testing.T) {
 	}
 	wait.Wait()
 
-	r := open(t, cfg)
+	r = open(t, cfg)
 	rep, err := r.Verify(ctx, &repository.VerifyOptions{Level: repository.VerifyData})
 	require.NoError(t, err)
 	require.Empty(t, rep.Damages)
@@ -216,7 +227,8 @@ func TestSoak(t *testing.T) {
 			require.Equal(t, sum, got, "point %s as it was read", id)
 		}
 	}
-	t.Logf("%d points acknowledged, %d deleted, %d reads, %d kills, %d packs, of which maintenance deleted %d", len(s.acked), len(s.going), s.reads, killed, len(seen), len(gone))
+	t.Logf("%d points acknowledged, %d deleted, %d reads, %d kills, %d maintenances, %d packs, of which they deleted %d",
+		len(s.acked), len(s.going), s.reads, killed, s.full, len(seen), len(gone))
 	require.Empty(t, strings.Join(s.noise[:min(len(s.noise), 30)], "\n"))
 	require.Empty(t, strings.Join(s.wrong[:min(len(s.wrong), 30)], "\n"))
 	require.Positive(t, s.reads)

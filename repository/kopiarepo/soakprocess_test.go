@@ -21,7 +21,7 @@ import (
 
 // A process of the soak test gets its task from these environment variables, and tells
 // what it did in lines on its standard output: "acked POINT SUM", "going POINT",
-// "read POINT SUM", "wrong TEXT".
+// "read POINT SUM", "maintained", "wrong TEXT".
 const (
 	soakRole  = "HOLDFAST_TEST_SOAK_ROLE"  // writer, reader or pruner, and a number
 	soakDir   = "HOLDFAST_TEST_SOAK_DIR"   // the repository
@@ -254,5 +254,6 @@ func (w *soakWorker) prune(ctx context.Context, r *kopiarepo.Repository) (err er
 	if _, err := r.Maintain(ctx, lock, &repository.MaintainOptions{Full: w.rnd.IntN(2) == 0}); err != nil {
 		return fmt.Errorf("maintenance: %w", err)
 	}
+	fmt.Println("maintained")
 	return nil
 }

@@ -27,7 +27,8 @@ func (r *Repository) Verify(ctx context.Context, opts *repository.VerifyOptions)
 		opts = &repository.VerifyOptions{}
 	}
 	v := &verifier{r: r, opts: opts, report: &repository.VerifyReport{}, bad: map[blob.ID]bool{}, good: map[blob.ID]bool{}}
-	if err := v.run(ctx); err != nil {
+	gctx, done := r.store.guard(ctx)
+	if err := done(v.run(gctx)); err != nil {
 		return nil, fmt.Errorf("verify: %w", err)
 	}
 	return v.report, nil

@@ -54,6 +54,8 @@ func (r *Repository) Begin(ctx context.Context, spec *repository.PointSpec) (_ r
 	if err := r.check(ctx); err != nil {
 		return nil, err
 	}
+	ctx, done := r.store.guard(ctx)
+	defer func() { err = done(err) }()
 	if !validChain(spec.Chain) || !runPattern.MatchString(spec.Run) {
 		return nil, fmt.Errorf("chain %q or run %q is not a valid name", spec.Chain, spec.Run)
 	}
@@ -294,7 +296,8 @@ func (w *writer) Abort(ctx context.Context) error {
 	if ended {
 		return nil
 	}
-	return w.end(ctx, "")
+	gctx, done := w.r.store.guard(ctx)
+	return done(w.end(gctx, ""))
 }
 
 // end gives back what the writer holds, and removes what it made known to the
