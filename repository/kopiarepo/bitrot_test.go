@@ -45,7 +45,7 @@ func reference(t *testing.T) string {
 // few returns a block with so few random bytes that each bit of it can be flipped.
 func few(rnd *rand.Rand, n int) []byte {
 	b := make([]byte, n)
-	for i := range 14 << 10 {
+	for i := range 36 << 10 {
 		b[i] = byte(rnd.Uint32())
 	}
 	return b
