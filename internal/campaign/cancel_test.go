@@ -130,6 +130,9 @@ func TestCancel(t *testing.T) {
 							lag, err = x.canceled(in, seed, dir)
 							return err
 						})
+						if err == nil && lag > idle {
+							err = violation("data begins to move %v after the user gave up", lag)
+						}
 						mu.Lock()
 						runs++
 						if in.wasHit() {
@@ -156,7 +159,6 @@ func TestCancel(t *testing.T) {
 	require.LessOrEqual(t, missed*200, runs, "cancellations that hit nothing")
 	p999 := lags[(len(lags)-1)*999/1000]
 	t.Logf("%d cancellations, %d violations; data begins to move for the last time %v later at most, %v at p99.9", len(lags), violations, lags[len(lags)-1], p999)
-	require.LessOrEqual(t, p999, idle)
 	if !nightly {
 		require.Greater(t, len(lags), 100)
 		return
