@@ -207,14 +207,14 @@ func kin(files []string, i int, rnd *rand.Rand) string {
 
 // TestDamageIsFoundAndNamed flips single bits, and empties, truncates, lengthens,
 // removes, replaces and swaps stored files, one at a time. HOLDFAST_FAULTS=all tries
-// 500 flips, spread over all files, and every file in some of the other ways; with
+// 150 flips, spread over all files, and every file in some of the other ways; with
 // HOLDFAST_NIGHTLY it is 2,000 flips, and all ways. The default is a tenth.
 func TestDamageIsFoundAndNamed(t *testing.T) {
 	s := newShelf(t)
 	rnd := seed(t)
 	files := s.files(t)
 	nightly := os.Getenv("HOLDFAST_NIGHTLY") != "" && os.Getenv("HOLDFAST_FAULTS") == "all"
-	flips, ways := 500, []string{"empty", "truncate", "lost", "swap"}
+	flips, ways := 150, []string{"empty", "truncate", "lost", "swap"}
 	if nightly {
 		flips, ways = 2000, append(ways, "one byte", "shorter", "longer", "replaced")
 	}

@@ -287,7 +287,7 @@ func newOperated(ctx context.Context, t *testing.T) *operated {
 func TestFaultsAreTold(t *testing.T) {
 	ctx := context.Background()
 	base := newOperated(ctx, t)
-	stride := int64(53)
+	stride := int64(97)
 	if os.Getenv("HOLDFAST_FAULTS") == "all" {
 		stride = 1
 	}

@@ -36,7 +36,7 @@ func TestVerifyWhilePruned(t *testing.T) {
 	require.NoError(t, r.Close())
 	c.Advance(50 * time.Hour)
 	for _, level := range []repository.VerifyLevel{repository.VerifyRecords, repository.VerifyBlobs, repository.VerifyData} {
-		stride := 40 // a sample; at night most operations are tried
+		stride := 80 // a sample; at night most operations are tried
 		if os.Getenv("HOLDFAST_NIGHTLY") != "" {
 			stride = 3
 		}
