@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -61,9 +62,30 @@ func (r *Repository) chains(ctx context.Context) ([]string, error) {
 	return out, nil
 }
 
-// loadChain reads a chain. From the newest entry to the oldest, each entry says
-// what the one before it must be.
+// loadChain reads a chain. What another process deletes meanwhile looks like a loss:
+// then it is read again.
 func (r *Repository) loadChain(ctx context.Context, name string) (*chain, error) {
+	for attempt := 0; ; attempt++ {
+		c, err := r.readChain(ctx, name)
+		if err != nil || len(c.lost) == 0 && len(c.issues) == 0 || attempt == maxRereads {
+			return c, err
+		}
+		now, err := r.own.listNumbered(ctx, recordDir(name))
+		if err != nil {
+			return nil, err
+		}
+		if maps.Equal(now.primary, c.stored.primary) && maps.EqualFunc(now.mirror, c.stored.mirror, slices.Equal) {
+			return c, nil
+		}
+	}
+}
+
+// maxRereads is how often something is read again that others are changing.
+const maxRereads = 4
+
+// readChain reads a chain once. From the newest entry to the oldest, each entry says
+// what the one before it must be.
+func (r *Repository) readChain(ctx context.Context, name string) (*chain, error) {
 	c := &chain{
 		name: name, live: map[repository.PointID]*entry{}, dead: map[repository.PointID]recordRef{},
 		lostAt: map[repository.PointID]recordRef{}, lock: map[string]int64{}, trusted: map[int64]sum{},

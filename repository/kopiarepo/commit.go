@@ -149,7 +149,7 @@ func (w *writer) saveSnapshot(ctx context.Context, root *snapshot.DirEntry) (man
 
 // inspect returns the packs that the point needs, and how many blobs of how many
 // bytes were found stored. If something is missing, it may have been moved by
-// maintenance of another process: then all of it is found out anew, once.
+// maintenance of another process: then all of it is found out anew.
 func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) ([]blob.ID, int, int64, error) {
 	if err := w.r.inv.load(ctx); err != nil {
 		return nil, 0, 0, err
@@ -163,19 +163,23 @@ func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) ([]blob.I
 		return packs, count, bytes, err
 	}
 	first := err
-	if err := w.r.inv.load(ctx); err != nil {
-		return nil, 0, 0, err
+	for attempt := 0; ; attempt++ {
+		if err := errors.Join(w.sess.dr.Refresh(ctx), w.r.inv.load(ctx)); err != nil {
+			return nil, 0, 0, errors.Join(first, err)
+		}
+		exact, err := w.r.newWalker(w.sess.dr).packs(ctx, root.ObjectID)
+		if err != nil {
+			return nil, 0, 0, errors.Join(first, err)
+		}
+		packs = sortedPacks(exact)
+		if err := w.r.takeIn(ctx, w.sess.dr, packs, attempt); err != nil {
+			return nil, 0, 0, errors.Join(first, err)
+		}
+		count, bytes, err = w.r.checkStored(ctx, packs)
+		if err == nil || !errors.Is(err, repository.ErrDamaged) || attempt == maxRereads {
+			return packs, count, bytes, err
+		}
 	}
-	if err := w.sess.dr.Refresh(ctx); err != nil {
-		return nil, 0, 0, errors.Join(first, err)
-	}
-	exact, err := w.r.newWalker(w.sess.dr).packs(ctx, root.ObjectID)
-	if err != nil {
-		return nil, 0, 0, errors.Join(first, err)
-	}
-	packs = sortedPacks(exact)
-	count, bytes, err = w.r.checkStored(ctx, packs)
-	return packs, count, bytes, err
 }
 
 // packs returns every pack that the point needs. Blobs that nobody vouches for

@@ -79,7 +79,9 @@ func critical(name string) bool {
 }
 
 // load reads log entries newer than the known head.
-func (v *inventory) load(ctx context.Context) error {
+func (v *inventory) load(ctx context.Context) error { return v.loadAgain(ctx, maxRereads) }
+
+func (v *inventory) loadAgain(ctx context.Context, rereads int) error {
 	anchored, err := v.anchored(ctx) // first: what it names is in a list that is made later
 	if err != nil {
 		return err
@@ -119,6 +121,16 @@ func (v *inventory) load(ctx context.Context) error {
 		e, err := v.read(ctx, numbers[i], l, want)
 		if err != nil {
 			return err
+		}
+		if e == nil && rereads > 0 {
+			// A newer entry may hold everything by now, and this one be gone.
+			now, err := v.own.listNumbered(ctx, inventoryDir)
+			if err != nil {
+				return err
+			}
+			if n := numbers[i]; !now.primary[n] && len(now.mirror[n]) == 0 {
+				return v.loadAgain(ctx, rereads-1)
+			}
 		}
 		v.apply(numbers[i], e)
 	}

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
 
 	"github.com/holdfast-backup/holdfast/repository"
@@ -86,12 +87,54 @@ func (r *Repository) checkPacks(ctx context.Context, t *tree) error {
 	if err != nil {
 		return err
 	}
-	exact, err := r.newWalker(t.dr).packs(ctx, root)
-	if err != nil {
-		return damaged(ctx, err, fmt.Sprintf("point %s", t.e.ID))
+	for attempt := 0; ; attempt++ {
+		exact, err := r.newWalker(t.dr).packs(ctx, root)
+		if err != nil {
+			err = damaged(ctx, err, fmt.Sprintf("point %s", t.e.ID))
+		} else {
+			err = errors.Join(r.takeIn(ctx, t.dr, sortedPacks(exact), attempt), ctx.Err())
+			if err == nil {
+				_, _, err = r.checkStored(ctx, sortedPacks(exact))
+			}
+		}
+		if err == nil || !errors.Is(err, repository.ErrDamaged) || attempt == maxRereads {
+			return err
+		}
+		// Maintenance of another process may have moved what was in them. The index
+		// comes first: what it names, the inventory has.
+		if err := errors.Join(t.dr.Refresh(ctx), r.inv.load(ctx)); err != nil {
+			return err
+		}
 	}
-	_, _, err = r.checkStored(ctx, sortedPacks(exact))
-	return err
+}
+
+// takeIn takes packs into the inventory that nobody has taken there: their writer makes
+// them known to the engine first, and may have died before it came to it, or is about
+// to. All that is in them is read. The first attempt leaves it to others.
+func (r *Repository) takeIn(ctx context.Context, dr repo.DirectRepository, packs []blob.ID, attempt int) error {
+	if attempt == 0 {
+		return nil
+	}
+	unknown := slices.DeleteFunc(slices.Clone(packs), func(id blob.ID) bool {
+		_, known := r.inv.lookup(string(id))
+		return known || r.inv.wasDeleted(string(id))
+	})
+	if len(unknown) == 0 {
+		return nil
+	}
+	bad, err := r.readPacksOf(ctx, dr, unknown)
+	if err != nil {
+		return err
+	}
+	for _, id := range unknown {
+		if len(bad[id]) > 0 {
+			continue // checkStored says that it is not known
+		}
+		if err := r.adopt(ctx, id); err != nil && !isAbsent(err) {
+			return fmt.Errorf("blob %s: %w", id, err)
+		}
+	}
+	return nil
 }
 
 const quarantineName = "quarantine"
