@@ -167,8 +167,8 @@ func (x shot) honest(in *injector, err error) error {
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			return nil
 		}
-	case x.mode == delay || x.mode == stale:
-		return nil
+	case x.mode == delay || x.mode == stale || in.second == stale:
+		return nil // a list that misses what was just stored is a reason of its own
 	case errors.Is(err, errBroken):
 		return nil
 	}
