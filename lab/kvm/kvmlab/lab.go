@@ -109,14 +109,6 @@ func (l *Lab) Prefix() string { return l.prefix }
 // creates under such a name, a restored one for example, is cleaned up as well.
 func (l *Lab) Name(suffix string) string { return l.prefix + suffix }
 
-// Virsh runs virsh with the arguments and a deadline of one minute, and returns
-// its standard output, trimmed.
-func (l *Lab) Virsh(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
-	return run(ctx, "virsh", append([]string{"-q", "-c", l.URI}, args...)...)
-}
-
 // must is Virsh for calls whose failure ends the test.
 func (l *Lab) must(t testing.TB, args ...string) string {
 	t.Helper()
