@@ -114,6 +114,7 @@ func TestA3Changes(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			r := newRig(t)
 			vm := r.lab.VM(t, kvmlab.Spec{Name: "a3", Power: c.power, Disks: c.disks})
 			r.scribble(vm, c.power, "vda", "vdb")
@@ -226,6 +227,7 @@ func TestA3SecondBackup(t *testing.T) {
 // while the guest writes: the job is aborted with room left, and every guest write
 // is on the source.
 func TestA3ScratchFilled(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a3s", Disks: []kvmlab.Disk{{Size: 600 * mib, Data: []kvmlab.Range{{Len: 600 * mib}}, Seed: 1}}})
 	fs := kvmlab.NewSmallFS(t, 900*mib)

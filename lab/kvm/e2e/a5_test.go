@@ -102,6 +102,7 @@ func TestA5NoAgent(t *testing.T) {
 // TestA5HookSleeps: a freeze hook that sleeps for a minute is given up at the
 // deadline, and the guest ends thawed.
 func TestA5HookSleeps(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.guest(kvmlab.Guest{HookSleep: 60 * time.Second})
 	begin := time.Now()
@@ -130,6 +131,7 @@ func (r *rig) thawed(vm *kvmlab.VM, d time.Duration) {
 // TestA5AgentStopped: an agent that stops in the middle leaves the run degraded
 // and an obligation open, which recover closes once the agent goes on.
 func TestA5AgentStopped(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.guest(kvmlab.Guest{})
 	vm.StopAgent()

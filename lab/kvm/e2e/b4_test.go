@@ -374,6 +374,7 @@ func (m *matrix) timed(f func()) time.Duration {
 // TestB4KilledRecover: recover itself is killed at every call, and the next one
 // closes what is left.
 func TestB4KilledRecover(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.guest(kvmlab.Guest{})
 	m := r.matrix(opRecover, vm)

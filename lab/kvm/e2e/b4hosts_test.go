@@ -22,6 +22,7 @@ import (
 // the second takes over, cleans up and commits; the first then goes on, and is
 // fenced: it commits nothing, and takes nothing of the second away.
 func TestB4TwoHosts(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "b4h", Disks: []kvmlab.Disk{{Size: 16*mib + 512, Data: []kvmlab.Range{{Len: 8 * mib}}, Seed: 1}}})
 	first := r.matrix(opBackup, vm)

@@ -15,7 +15,8 @@ import (
 )
 
 // Virsh runs a command of virsh with a deadline of one minute, and returns what it
-// prints, trimmed.
+// prints, trimmed. One argument alone is a line of commands, separated by
+// semicolons.
 //
 // A virsh of its own per command costs more than most commands (its libraries, the
 // connection), and a test asks dozens of them. So a few that read commands from
@@ -161,8 +162,12 @@ func until(r *bufio.Reader, end string) (string, error) {
 	}
 }
 
-// quoted writes the arguments as a line that virsh takes apart again.
+// quoted writes the arguments as a line that virsh takes apart again. One argument
+// alone is such a line already, as it is on the command line of virsh.
 func quoted(args []string) string {
+	if len(args) == 1 {
+		return args[0]
+	}
 	var out []string
 	for _, a := range args {
 		out = append(out, "'"+strings.ReplaceAll(a, "'", `'\''`)+"'")
