@@ -14,6 +14,7 @@ var (
 	ErrNoSpace        = errors.New("repository is out of space")
 	ErrReadOnly       = errors.New("repository cannot be written")
 	ErrOutcomeUnknown = errors.New("outcome of the commit is unknown")
+	ErrStale          = errors.New("run stood still for too long") // nothing was committed
 )
 
 // VerifyLevel says how deep Verify looks.

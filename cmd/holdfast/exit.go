@@ -92,6 +92,7 @@ var kinds = []struct {
 	{repository.ErrOutcomeUnknown, "outcome-unknown", "see with holdfast points whether the restore point is there, then run holdfast recover"},
 	{repository.ErrPassword, "password", "check --repo-password-file or HOLDFAST_REPO_PASSWORD: without the password nothing can be read"},
 	{repository.ErrNotRepository, "not-a-repository", "check --repo; the first backup into an empty directory makes a repository"},
+	{repository.ErrStale, "stale", "run the backup again; was the machine suspended?"},
 	{repository.ErrDamaged, "damaged", "see what is affected with: holdfast verify --repo REPO"},
 	{repository.ErrFenced, "fenced", "another process took over: run the command again"},
 	{repository.ErrNoSpace, "repository-full", "free space on the repository's file system, or remove points with holdfast prune"},

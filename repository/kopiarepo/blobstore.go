@@ -29,7 +29,6 @@ type blobStore struct {
 	dir     *dirStore
 	inv     *inventory
 	handle  string
-	clock   func() time.Time // nil: blobs carry the file system's time
 	reserve int64
 
 	mu       sync.Mutex
@@ -97,9 +96,6 @@ func (s *blobStore) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, op
 		}
 	}
 	mtime := opts.SetModTime
-	if mtime.IsZero() && s.clock != nil {
-		mtime = s.clock()
-	}
 	h := sha256.New()
 	err := s.dir.put(ctx, blobFile(id), mtime, func(w io.Writer) error {
 		n, err := data.WriteTo(io.MultiWriter(w, h))

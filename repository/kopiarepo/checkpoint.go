@@ -3,11 +3,14 @@ package kopiarepo
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/kopia/kopia/fs"
 	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
+
+	"github.com/holdfast-backup/holdfast/repository"
 )
 
 // kopia collects what no snapshot refers to after a day. A long run therefore
@@ -79,14 +82,45 @@ func (w *writer) savePin(ctx context.Context, s *session) (manifest.ID, error) {
 	return snapshot.SaveSnapshot(ctx, s.w, w.manifestOf(root, kindCheckpoint))
 }
 
+// maxUnsaved is how long a run may go without a checkpoint. Maintenance by another
+// host waits for orphanAge; the other half is for clocks that differ.
+const maxUnsaved = orphanAge / 2
+
+// fresh returns an error if so long nothing was saved that maintenance may have
+// removed what the run has stored: because the machine was suspended, say. The caller
+// holds cpMu.
+func (w *writer) fresh() error {
+	if d := elapsed(w.lastSaved, w.r.cfg.Clock()); d > maxUnsaved {
+		return fmt.Errorf("%w: nothing was saved for %v, in which maintenance of another process may have removed what the run had stored",
+			repository.ErrStale, d.Round(time.Second))
+	}
+	return nil
+}
+
+// stoodStill is fresh for a caller that does not hold cpMu.
+func (w *writer) stoodStill() error {
+	w.cpMu.Lock()
+	defer w.cpMu.Unlock()
+	return w.fresh()
+}
+
+// elapsed returns the time between two moments by the clock of the day, or by the
+// monotonic one, which may stop while the machine is suspended, if that is more.
+func elapsed(from, to time.Time) time.Duration {
+	return max(to.Sub(from), to.Round(0).Sub(from.Round(0)))
+}
+
 // maybeCheckpoint saves a checkpoint if one is due and nobody else is at it.
 func (w *writer) maybeCheckpoint(ctx context.Context) error {
 	if !w.cpMu.TryLock() {
 		return nil
 	}
 	defer w.cpMu.Unlock()
+	if err := w.fresh(); err != nil {
+		return err
+	}
 	now := w.r.cfg.Clock()
-	if w.unsaved.Load() < w.r.cfg.CheckpointBytes && now.Sub(w.lastSaved) < w.r.cfg.CheckpointEvery {
+	if w.unsaved.Load() < w.r.cfg.CheckpointBytes && elapsed(w.lastSaved, now) < w.r.cfg.CheckpointEvery {
 		return nil
 	}
 	w.unsaved.Store(0)

@@ -65,7 +65,7 @@ func (w *writer) Commit(ctx context.Context, info *repository.CommitInfo) (_ *re
 	}
 	packs, count, bytes, err := w.inspect(ctx, root)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(w.stoodStill(), err)
 	}
 	if err := w.r.protect(ctx); err != nil {
 		return nil, err
@@ -132,6 +132,10 @@ func (w *writer) saveSnapshot(ctx context.Context, root *snapshot.DirEntry) (man
 	}
 	w.cpMu.Lock()
 	defer w.cpMu.Unlock()
+	if err := w.fresh(); err != nil {
+		return saved, err
+	}
+	w.lastSaved = w.r.cfg.Clock()
 	for _, id := range []manifest.ID{w.checkpoint, w.pin} {
 		if id == "" {
 			continue
@@ -148,28 +152,32 @@ func (w *writer) saveSnapshot(ctx context.Context, root *snapshot.DirEntry) (man
 }
 
 // inspect returns the packs that the point needs, and how many blobs of how many
-// bytes were found stored. If something is missing, it may have been moved by
-// maintenance of another process: then all of it is found out anew.
-func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) ([]blob.ID, int, int64, error) {
+// bytes were found stored. If maintenance of another process came meanwhile, or
+// something is missing, which it may have moved, all of it is found out anew.
+func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) (packs []blob.ID, count int, bytes int64, first error) {
 	if err := w.r.inv.load(ctx); err != nil {
 		return nil, 0, 0, err
 	}
-	packs, err := w.packs(ctx, root)
+	maintained, err := w.maintained(ctx)
 	if err != nil {
 		return nil, 0, 0, err
 	}
-	count, bytes, err := w.r.checkStored(ctx, packs)
-	if err == nil || !errors.Is(err, repository.ErrDamaged) {
-		return packs, count, bytes, err
+	if !maintained {
+		if packs, err = w.packs(ctx, root); err != nil {
+			return nil, 0, 0, err
+		}
+		count, bytes, first = w.r.checkStored(ctx, packs)
+		if first == nil || !errors.Is(first, repository.ErrDamaged) {
+			return packs, count, bytes, first
+		}
 	}
-	first := err
 	for attempt := 0; ; attempt++ {
 		if err := errors.Join(w.sess.dr.Refresh(ctx), w.r.inv.load(ctx)); err != nil {
 			return nil, 0, 0, errors.Join(first, err)
 		}
 		exact, err := w.r.newWalker(w.sess.dr).packs(ctx, root.ObjectID)
 		if err != nil {
-			return nil, 0, 0, errors.Join(first, err)
+			return nil, 0, 0, errors.Join(first, fmt.Errorf("what the point needs is not there any more; run the backup again: %w", err))
 		}
 		packs = sortedPacks(exact)
 		if err := w.r.takeIn(ctx, w.sess.dr, packs, attempt); err != nil {
@@ -180,6 +188,22 @@ func (w *writer) inspect(ctx context.Context, root *snapshot.DirEntry) ([]blob.I
 			return packs, count, bytes, err
 		}
 	}
+}
+
+// maintained reports whether maintenance began since the run did. The engine notes
+// that in its schedule first of all.
+func (w *writer) maintained(ctx context.Context) (bool, error) {
+	now, err := w.r.schedule(ctx)
+	return now != w.schedule, err
+}
+
+// schedule returns the digest of the engine's schedule; zero if it has none.
+func (r *Repository) schedule(ctx context.Context) (sum, error) {
+	b, err := r.dir.get(ctx, blobFile(scheduleBlob), maxSmallBlob)
+	if isAbsent(err) {
+		return sum{}, nil
+	}
+	return sumOf(b), err
 }
 
 // packs returns every pack that the point needs. Blobs that nobody vouches for
@@ -260,7 +284,7 @@ func (r *Repository) checkStored(ctx context.Context, packs []blob.ID) (count in
 // record puts the record: the commit.
 func (w *writer) record(ctx context.Context, body *recordBody) (*chain, *entry, error) {
 	c, e, err := w.r.appendRecord(ctx, w.spec.Chain, func(c *chain, h *recordHeader) ([]byte, error) {
-		if err := w.fenced(ctx); err != nil {
+		if err := errors.Join(w.stoodStill(), w.fenced(ctx)); err != nil {
 			return nil, err
 		}
 		if l := w.spec.Lock; l != nil {

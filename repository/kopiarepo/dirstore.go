@@ -26,6 +26,8 @@ type dirStore struct {
 	root string
 	hook StorageHook
 	n    atomic.Int64
+	// clock gives files their times; nil: the file system does.
+	clock func() time.Time
 
 	mu    sync.Mutex
 	dirty map[string]struct{} // directories whose entries are not yet durable
@@ -137,9 +139,7 @@ func (d *dirStore) put(ctx context.Context, name string, mtime time.Time, write 
 		if err != nil {
 			return err
 		}
-		if !mtime.IsZero() {
-			err = os.Chtimes(temp, mtime, mtime)
-		}
+		err = d.setTime(temp, mtime)
 		if err == nil {
 			err = os.Rename(temp, d.path(name))
 		}
@@ -150,6 +150,17 @@ func (d *dirStore) put(ctx context.Context, name string, mtime time.Time, write 
 		d.markDirty(path.Dir(name))
 		return nil
 	})
+}
+
+// setTime gives a file a time; if that is zero, the clock's.
+func (d *dirStore) setTime(file string, t time.Time) error {
+	if t.IsZero() && d.clock != nil {
+		t = d.clock()
+	}
+	if t.IsZero() {
+		return nil
+	}
+	return os.Chtimes(file, t, t)
 }
 
 func (d *dirStore) putBytes(ctx context.Context, name string, data []byte) error {
@@ -174,7 +185,9 @@ func (d *dirStore) create(ctx context.Context, name string, data []byte) error {
 		if err != nil {
 			return err
 		}
-		err = os.Link(temp, d.path(name))
+		if err = d.setTime(temp, time.Time{}); err == nil {
+			err = os.Link(temp, d.path(name))
+		}
 		_ = os.Remove(temp)
 		if err != nil {
 			return err

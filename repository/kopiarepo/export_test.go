@@ -36,7 +36,7 @@ func FilesOpenedBy(ctx context.Context, dir string, password secret.Secret) (out
 			out = append(out, name)
 		}
 	}
-	store := &blobStore{dir: newDirStore(dir, nil), inv: newInventory(nil)}
+	store := &blobStore{dir: newDirStore(dir, nil), inv: newInventory(nil, time.Now)}
 	var opens []byte
 	tried := map[string]bool{}
 	for _, file := range formsOf(format.KopiaRepositoryBlobID) {

@@ -241,7 +241,7 @@ func FuzzInventory(f *testing.F) {
 	f.Add([]byte(`{"seq":1,"full":true}`), []byte(`{"add":[{"n":"p1","s":5},{"n":"p1","s":6}],"del":["p1","p2"]}`), []byte(`{"add":[{"n":"p2"}]}`))
 	f.Add([]byte(`{"seq":-1}`), []byte(`{"del":[""]}`), []byte(`null`))
 	f.Fuzz(func(t *testing.T, header, first, second []byte) {
-		v := newInventory(nil)
+		v := newInventory(nil, time.Now)
 		for i, body := range [][]byte{first, second} {
 			e := &inventoryEntry{}
 			if json.Unmarshal(header, &e.inventoryHeader) != nil || json.Unmarshal(body, &e.inventoryBody) != nil {

@@ -9,6 +9,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
+
+	"github.com/kopia/kopia/repo/blob"
 
 	"github.com/holdfast-backup/holdfast/repository"
 )
@@ -19,6 +22,7 @@ import (
 // go. It is safe for concurrent use.
 type inventory struct {
 	own *ownFiles
+	now func() time.Time
 
 	flushMu sync.Mutex // one writer of the log at a time
 
@@ -58,8 +62,8 @@ const (
 	fullEvery = 64
 )
 
-func newInventory(own *ownFiles) *inventory {
-	return &inventory{own: own, live: map[string]blobEntry{}, gone: map[string]bool{}, pending: map[string]*blobEntry{}}
+func newInventory(own *ownFiles, now func() time.Time) *inventory {
+	return &inventory{own: own, now: now, live: map[string]blobEntry{}, gone: map[string]bool{}, pending: map[string]*blobEntry{}}
 }
 
 // inventoried says whether blobs of this name are in the inventory. Session
@@ -333,6 +337,9 @@ func (v *inventory) flush(ctx context.Context, full bool) error {
 		if err := v.load(ctx); err != nil {
 			return err
 		}
+		if err := v.dropCollected(ctx); err != nil {
+			return err
+		}
 		header, body, taken := v.change(full)
 		if taken == nil {
 			return nil
@@ -355,6 +362,36 @@ func (v *inventory) flush(ctx context.Context, full bool) error {
 		return nil
 	}
 	return fmt.Errorf("inventory: %w: too many writers", repository.ErrLocked)
+}
+
+// dropCollected forgets what this process put so long ago that maintenance of another
+// one may have collected it, and did: this one stood still before it came to write it
+// down. Who collects afterwards writes an entry first, and ours is refused.
+func (v *inventory) dropCollected(ctx context.Context) error {
+	before := v.now().Add(-maxUnsaved).Unix()
+	v.mu.Lock()
+	var old []blobEntry
+	for _, e := range v.pending {
+		if e != nil && e.Time < before {
+			old = append(old, *e)
+		}
+	}
+	v.mu.Unlock()
+	for _, e := range old {
+		_, _, err := v.own.dir.stat(ctx, blobFile(blob.ID(e.Name)))
+		if err != nil && !isAbsent(err) {
+			return fmt.Errorf("blob %s: %w", e.Name, err)
+		}
+		if err == nil {
+			continue
+		}
+		v.mu.Lock()
+		if p := v.pending[e.Name]; p != nil && *p == e {
+			delete(v.pending, e.Name)
+		}
+		v.mu.Unlock()
+	}
+	return nil
 }
 
 // change collects what is to be written; taken is nil if nothing is.

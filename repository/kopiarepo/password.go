@@ -254,7 +254,7 @@ func (r *Repository) rewrap(ctx context.Context, lock repository.Lock, w *wrappi
 			}
 			dirty = true
 			w.written = append(w.written, file)
-			if err := r.putForm(ctx, file, data); err != nil {
+			if err := r.dir.putBytes(ctx, file, data); err != nil {
 				return err
 			}
 		}
@@ -290,14 +290,6 @@ func (r *Repository) rewrap(ctx context.Context, lock repository.Lock, w *wrappi
 	}
 	r.store.forgetSource()
 	return nil
-}
-
-func (r *Repository) putForm(ctx context.Context, file string, data []byte) error {
-	var mtime time.Time
-	if r.store.clock != nil {
-		mtime = r.store.clock()
-	}
-	return r.dir.put(ctx, file, mtime, writeAll(data))
 }
 
 // vouch makes the inventory know the blobs of a wrapping.

@@ -98,10 +98,10 @@ func assemble(cfg Config, realClock bool, dir *dirStore, id string, master, slot
 		return nil, err
 	}
 	own := &ownFiles{dir: dir, keys: k, rnd: cfg.Rand}
-	inv := newInventory(own)
+	inv := newInventory(own, cfg.Clock)
 	store := &blobStore{dir: dir, inv: inv, reserve: cfg.Reserve}
 	if !realClock {
-		store.clock = cfg.Clock
+		dir.clock = cfg.Clock
 	}
 	store.forgetSource()
 	store.put = map[blob.ID]putInfo{}
@@ -239,13 +239,26 @@ func create(ctx context.Context, cfg Config, realClock bool) (_ *Repository, err
 
 // protect gives every critical blob its copies and makes the inventory durable.
 func (r *Repository) protect(ctx context.Context) error {
-	if err := r.dir.sync(ctx); err != nil {
-		return err
+	for {
+		begin := r.cfg.Clock()
+		if err := r.dir.sync(ctx); err != nil {
+			return err
+		}
+		if err := r.replicate(ctx); err != nil {
+			return fmt.Errorf("copies: %w", err)
+		}
+		if err := r.inv.flush(ctx, false); err != nil {
+			return err
+		}
+		if elapsed(begin, r.cfg.Clock()) < maxUnsaved {
+			return nil
+		}
+		// It stood still, and maintenance of another process may have swept copies
+		// of blobs that it did not know.
+		r.mu.Lock()
+		r.copied = map[string]sum{}
+		r.mu.Unlock()
 	}
-	if err := r.replicate(ctx); err != nil {
-		return fmt.Errorf("copies: %w", err)
-	}
-	return r.inv.flush(ctx, false)
 }
 
 // dirKind is what a directory holds.

@@ -267,7 +267,8 @@ func isEngineBlob(id blob.ID) bool {
 	return strings.HasPrefix(string(id), "x") || strings.HasPrefix(string(id), "kopia.")
 }
 
-// sweepCopies removes copies of blobs that are no more.
+// sweepCopies removes copies of blobs that are no more. A writer makes the copy before
+// it makes the blob known, so what is new is left alone.
 func (m *maintainer) sweepCopies(ctx context.Context) error {
 	for _, prefix := range []string{mirror, primary} {
 		entries, err := m.r.dir.list(ctx, prefix+copiesDir)
@@ -276,6 +277,9 @@ func (m *maintainer) sweepCopies(ctx context.Context) error {
 		}
 		for _, e := range entries {
 			if _, live := m.r.inv.lookup(e.Name()); live {
+				continue
+			}
+			if info, err := e.Info(); err != nil || m.r.cfg.Clock().Sub(info.ModTime()) < orphanAge {
 				continue
 			}
 			if err := m.r.dir.remove(ctx, prefix+copiesDir+"/"+e.Name()); err != nil {

@@ -30,6 +30,8 @@ type writer struct {
 	start  time.Time
 	parent *tree // nil: none
 
+	schedule sum // of the engine's maintenance, when the run began
+
 	mu    sync.Mutex
 	ended bool
 	disks []*diskWriter
@@ -81,7 +83,10 @@ func (r *Repository) Begin(ctx context.Context, spec *repository.PointSpec) (_ r
 		r: r, spec: *spec, start: r.cfg.Clock().UTC(),
 		fobjs: map[string]object.ID{}, zeros: map[int]object.ID{}, zsegs: map[segmentKey]object.ID{},
 	}
-	w.lastSaved = w.start
+	w.lastSaved = r.cfg.Clock()
+	if w.schedule, err = r.schedule(ctx); err != nil {
+		return nil, err
+	}
 	if w.id, err = r.newPointID(w.start); err != nil {
 		return nil, err
 	}

@@ -21,6 +21,7 @@ const mib = 1 << 20
 // TestA2RunningVM backs up a running VM under writes, in full and incrementally,
 // and compares both points with the truth.
 func TestA2RunningVM(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	sizes := map[string]int64{"vda": 512*mib + 3*512, "vdb": 96*mib - 512}
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a2", Power: kvmlab.Running, Disks: []kvmlab.Disk{
@@ -148,6 +149,7 @@ func (r *rig) underWrites(vm *kvmlab.VM, disk string, off, n int64, pattern byte
 // TestA2ReadBytes compares what an incremental says it read with what the process
 // read from its sockets.
 func TestA2ReadBytes(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a2r", Disks: []kvmlab.Disk{{Size: 200*mib + 512, Data: []kvmlab.Range{{Len: 150 * mib}}, Seed: 3}}})
 	r.backup(vm.Name)

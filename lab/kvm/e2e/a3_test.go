@@ -195,6 +195,7 @@ func (r *rig) nothingLeft(vms ...*kvmlab.VM) {
 
 // TestA3SecondBackup starts a backup while one of the same VM runs.
 func TestA3SecondBackup(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a3b", Disks: []kvmlab.Disk{{Size: 256 * mib, Data: []kvmlab.Range{{Len: 200 * mib}}, Seed: 1}}})
 	truth := r.truth(vm, "vda")

@@ -33,6 +33,7 @@ func kills(t *testing.T) int {
 // up again: nothing is left but the declared baseline, every committed point
 // verifies, and the next backup is incremental.
 func TestA4Kill(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a4", Disks: []kvmlab.Disk{
 		{Size: 128*mib + 512, Data: []kvmlab.Range{{Len: 100 * mib}}, Seed: 1},

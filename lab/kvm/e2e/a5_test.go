@@ -86,6 +86,7 @@ func TestA5FreezeDiscriminates(t *testing.T) {
 // TestA5NoAgent: crash-consistent with the reason; a minimum fails and leaves
 // nothing.
 func TestA5NoAgent(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a5n", Disks: []kvmlab.Disk{{Size: 8 * mib, Data: []kvmlab.Range{{Len: mib}}}}})
 	l := line(t, r.must(r.backupArgs(vm.Name)...))

@@ -18,6 +18,7 @@ import (
 // TestA9BadInput goes through what people get wrong and what breaks under them:
 // each has an exit code and an error that names the object and the next step.
 func TestA9BadInput(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a9", Disks: []kvmlab.Disk{{Size: 40 * mib, Data: []kvmlab.Range{{Len: 30 * mib}}, Seed: 1}}})
 	point := r.backup(vm.Name).Point
@@ -105,6 +106,7 @@ func TestA9BadInput(t *testing.T) {
 
 // TestA10NVRAM restores a UEFI domain and compares its variables.
 func TestA10NVRAM(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "a10", UEFI: true, Disks: []kvmlab.Disk{{Size: 8 * mib, Data: []kvmlab.Range{{Len: mib}}, Seed: 1}}})
 	want, err := os.ReadFile(vm.NVRAM())

@@ -277,12 +277,14 @@ func TestB4KillAtEveryCall(t *testing.T) {
 		{Size: 8*mib - 512, Data: []kvmlab.Range{{Len: 4 * mib}}, Seed: 2},
 	}
 	t.Run("paused", func(t *testing.T) {
+		t.Parallel()
 		r := newRig(t)
 		m := r.matrix(opBackup, r.lab.VM(t, kvmlab.Spec{Name: "b4p", Disks: two}))
 		m.backups(kvmlab.Paused)
 		m.run()
 	})
 	t.Run("off", func(t *testing.T) {
+		t.Parallel()
 		r := newRig(t)
 		vm := r.lab.VM(t, kvmlab.Spec{Name: "b4o", Power: kvmlab.Off, Disks: two})
 		m := r.matrix(opBackup, vm)
@@ -327,6 +329,7 @@ func (m *matrix) backups(power kvmlab.Power) {
 // TestB4KilledRestore: a restore as a new VM that is killed leaves nothing after
 // recover, and the next one succeeds.
 func TestB4KilledRestore(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "b4r", Disks: []kvmlab.Disk{{Size: 8*mib + 512, Data: []kvmlab.Range{{Len: 4 * mib}}, Seed: 1}}})
 	truth := r.truth(vm, "vda")

@@ -15,6 +15,7 @@ import (
 // and is wrong; the audit finds it, at any offset of the pull job's export; the disk
 // is read in full at once and by the next run, and the points are named.
 func TestB6ABitmapThatForgot(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	const size = 96*mib + 3*512
 	vm := r.lab.VM(t, kvmlab.Spec{Name: "b6", Power: kvmlab.Running, Disks: []kvmlab.Disk{
