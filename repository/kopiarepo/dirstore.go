@@ -331,14 +331,15 @@ func (d *dirStore) syncDirty(done string) error {
 }
 
 // removeTemps deletes temporary files older than age under dir, left behind by
-// writers that were killed.
-func (d *dirStore) removeTemps(ctx context.Context, now time.Time, age time.Duration) error {
+// writers that were killed. One that is being written carries the file system's time,
+// whatever the clock says.
+func (d *dirStore) removeTemps(ctx context.Context, age time.Duration) error {
 	return filepath.WalkDir(d.root, func(p string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() || !strings.Contains(e.Name(), tempInfix) {
 			return err
 		}
 		info, err := e.Info()
-		if err != nil || now.Sub(info.ModTime()) < age {
+		if err != nil || time.Since(info.ModTime()) < age {
 			return nil //nolint:nilerr // it went away by itself
 		}
 		rel, err := filepath.Rel(d.root, p)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -105,6 +106,27 @@ func TestPruneGivesSpaceBack(t *testing.T) {
 	left, ideal := usage(t, dir), usage(t, fresh)
 	t.Logf("%d bytes are left, a new repository has %d", left, ideal)
 	require.LessOrEqual(t, float64(left), 1.2*float64(ideal))
+}
+
+// TestMaintenanceRemovesWhatKilledWritersLeft, and not what is being written.
+func TestMaintenanceRemovesWhatKilledWritersLeft(t *testing.T) {
+	dir := t.TempDir()
+	c := newClock()
+	cfg := config(dir)
+	cfg.Clock = c.Now
+	r := create(t, cfg)
+	dead := filepath.Join(dir, "holdfast", "packs", "dead.tmp.0123456789abcdef")
+	alive := filepath.Join(dir, "holdfast", "records", "alive.tmp.0123456789abcdef")
+	for _, f := range []string{dead, alive} {
+		require.NoError(t, os.MkdirAll(filepath.Dir(f), 0o700))
+		require.NoError(t, os.WriteFile(f, []byte("half"), 0o600))
+	}
+	old := time.Now().Add(-25 * time.Hour)
+	require.NoError(t, os.Chtimes(dead, old, old))
+	c.Advance(30 * time.Hour)
+	maintain(context.Background(), t, r)
+	require.NoFileExists(t, dead)
+	require.FileExists(t, alive)
 }
 
 func dedupe(in []int64) []int64 {

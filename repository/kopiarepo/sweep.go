@@ -177,7 +177,7 @@ func (m *maintainer) renew(ctx context.Context) error {
 	if err := r.inv.forget(ctx); err != nil {
 		return err
 	}
-	if err := r.dir.removeTemps(ctx, r.cfg.Clock(), orphanAge); err != nil {
+	if err := r.dir.removeTemps(ctx, orphanAge); err != nil {
 		return err
 	}
 	return r.dir.sync(ctx)
