@@ -115,8 +115,12 @@ func (r *Repository) goodCopy(ctx context.Context, e blobEntry) []byte {
 }
 
 // adopt takes a blob into the inventory that somebody stored without telling us:
-// a writer that was killed, or the stock program.
+// a writer that was killed, or the stock program. What is about to be deleted is not
+// taken.
 func (r *Repository) adopt(ctx context.Context, id blob.ID) error {
+	if r.inv.wasDeleted(string(id)) {
+		return nil
+	}
 	h := sha256.New()
 	var size int64
 	err := r.dir.readRange(ctx, blobFile(id), 0, -1, func(p []byte) error {

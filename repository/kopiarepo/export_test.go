@@ -76,6 +76,12 @@ func StockOpens(ctx context.Context, dir string, password secret.Secret) bool {
 	return err == nil
 }
 
+// Adopt takes a stored blob into the inventory, and Protect writes that down.
+func (r *Repository) Adopt(ctx context.Context, id string) error { return r.adopt(ctx, blob.ID(id)) }
+
+// Protect makes durable what is known.
+func (r *Repository) Protect(ctx context.Context) error { return r.protect(ctx) }
+
 // VerifyFile checks one stored file as Verify does, without opening the engine, and
 // returns what it found; known is false for a file that protects nothing.
 func (r *Repository) VerifyFile(ctx context.Context, name string) (found []repository.Damage, known bool, err error) {

@@ -225,6 +225,9 @@ func (v *inventory) apply(n int64, e *inventoryEntry) {
 	}
 	for _, name := range e.Del {
 		delete(v.live, name)
+		// What this process was about to add goes, too, though it is still stored:
+		// who deletes writes it down first.
+		delete(v.pending, name)
 		v.gone[name] = true
 	}
 	v.head, v.headSum = n, e.sum

@@ -115,6 +115,37 @@ func after(kind kopiarepo.OpKind, prefix string) occasion {
 	}
 }
 
+// TestDeletedBlobIsNotAddedAgain has a process take a blob into the inventory while
+// maintenance of another one has written down that it goes, and not yet deleted it.
+func TestDeletedBlobIsNotAddedAgain(t *testing.T) {
+	ctx := context.Background()
+	p := newPruning(t)
+	cfg := p.config(copyTree(t, p.base))
+	r := open(t, cfg)
+	var added []string
+	var failed error
+	cfg.StorageHook = func(_ context.Context, op kopiarepo.StorageOp) (func(error) error, error) {
+		name, ok := strings.CutSuffix(op.Name, ".f")
+		if op.Kind == kopiarepo.OpDelete && ok && !strings.HasPrefix(name, "s/") {
+			name = strings.ReplaceAll(name, "/", "")
+			added = append(added, name)
+			failed = errors.Join(failed, r.Adopt(ctx, name), r.Protect(ctx))
+		}
+		return nil, nil
+	}
+	other := open(t, cfg)
+	for _, id := range p.ids[:len(p.ids)-1] {
+		deletePoint(ctx, t, other, id)
+	}
+	for range 3 {
+		p.clock.Advance(26 * time.Hour)
+		maintain(ctx, t, other)
+	}
+	require.NoError(t, failed)
+	require.NotEmpty(t, added)
+	require.NoError(t, verifies(repository.VerifyBlobs)(r))
+}
+
 // pruning has a repository of three points of one disk, of which the last is kept.
 type pruning struct {
 	rnd   *rand.Rand
@@ -128,10 +159,10 @@ type pruning struct {
 func newPruning(t *testing.T) *pruning {
 	p := &pruning{rnd: seed(t), base: t.TempDir() + "/base", clock: newClock()}
 	r := create(t, p.config(p.base))
-	m := newImage(3*mib+700, mib)
-	m.fill(p.rnd, 3) // all points share it
+	shared := newImage(3*mib+700, mib)
+	shared.fill(p.rnd, 3)
 	for k := range 3 {
-		m = m.clone()
+		m := shared.clone()
 		m.fill(p.rnd, int64(k))
 		p.disks = map[string]*image{"d": m}
 		proof, err := backup(context.Background(), r, p.disks, backupOptions{chain: "vm", run: fmt.Sprintf("r%d", k)})
@@ -221,7 +252,7 @@ func (p *pruning) prune(t *testing.T, when occasion, sleep bool, do func(*kopiar
 	if !sleep { // the process has seen what is to be moved
 		require.NoError(t, compare(ctx, r, p.kept, p.disks))
 		deletes()
-		rounds(1)
+		rounds(2)
 		p.clock.Advance(26 * time.Hour)
 	}
 	mu.Lock()
