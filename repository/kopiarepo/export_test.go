@@ -79,6 +79,12 @@ func StockOpens(ctx context.Context, dir string, password secret.Secret) bool {
 // Adopt takes a stored blob into the inventory, and Protect writes that down.
 func (r *Repository) Adopt(ctx context.Context, id string) error { return r.adopt(ctx, blob.ID(id)) }
 
+// LoadInventory reads what is new in the inventory's log, and returns what of it is lost.
+func (r *Repository) LoadInventory(ctx context.Context) ([]string, error) {
+	err := r.inv.load(ctx)
+	return r.inv.problems(), err
+}
+
 // Protect makes durable what is known.
 func (r *Repository) Protect(ctx context.Context) error { return r.protect(ctx) }
 

@@ -24,7 +24,7 @@ type inventory struct {
 	own *ownFiles
 	now func() time.Time
 
-	flushMu sync.Mutex // one writer of the log at a time
+	busy chan struct{} // holds an element while the log is read or written: entries are applied in order
 
 	mu      sync.Mutex
 	head    int64
@@ -63,7 +63,7 @@ const (
 )
 
 func newInventory(own *ownFiles, now func() time.Time) *inventory {
-	return &inventory{own: own, now: now, live: map[string]blobEntry{}, gone: map[string]bool{}, pending: map[string]*blobEntry{}}
+	return &inventory{own: own, now: now, busy: make(chan struct{}, 1), live: map[string]blobEntry{}, gone: map[string]bool{}, pending: map[string]*blobEntry{}}
 }
 
 // inventoried says whether blobs of this name are in the inventory. Session
@@ -83,7 +83,25 @@ func critical(name string) bool {
 }
 
 // load reads log entries newer than the known head.
-func (v *inventory) load(ctx context.Context) error { return v.loadAgain(ctx, maxRereads) }
+func (v *inventory) load(ctx context.Context) error {
+	if err := v.begin(ctx); err != nil {
+		return err
+	}
+	defer v.end()
+	return v.loadAgain(ctx, maxRereads)
+}
+
+// begin waits until nobody else reads or writes the log.
+func (v *inventory) begin(ctx context.Context) error {
+	select {
+	case v.busy <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (v *inventory) end() { <-v.busy }
 
 func (v *inventory) loadAgain(ctx context.Context, rereads int) error {
 	anchored, err := v.anchored(ctx) // first: what it names is in a list that is made later
@@ -334,10 +352,12 @@ func (v *inventory) position() (int64, sum) {
 
 // flush makes what was noted durable in the log. full writes everything.
 func (v *inventory) flush(ctx context.Context, full bool) error {
-	v.flushMu.Lock()
-	defer v.flushMu.Unlock()
+	if err := v.begin(ctx); err != nil {
+		return err
+	}
+	defer v.end()
 	for range 64 {
-		if err := v.load(ctx); err != nil {
+		if err := v.loadAgain(ctx, maxRereads); err != nil {
 			return err
 		}
 		if err := v.dropCollected(ctx); err != nil {

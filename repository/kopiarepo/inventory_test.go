@@ -2,15 +2,52 @@ package kopiarepo_test
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/repository"
 	"github.com/holdfast-backup/holdfast/repository/kopiarepo"
 )
+
+// TestInventoryIsReadByManyAtOnce has many readers in one process while another one
+// adds entries: each is applied once, in order.
+func TestInventoryIsReadByManyAtOnce(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir() + "/repo"
+	m, _ := small(t, dir)
+	r, other := open(t, config(dir)), open(t, config(dir))
+	ended := make(chan struct{})
+	var g errgroup.Group
+	for range 8 {
+		g.Go(func() error {
+			for {
+				lost, err := r.LoadInventory(ctx)
+				if err == nil && len(lost) > 0 {
+					err = fmt.Errorf("lost: %v", lost)
+				}
+				select {
+				case <-ended:
+					return err
+				default:
+				}
+				if err != nil {
+					return err
+				}
+			}
+		})
+	}
+	for i := range 8 {
+		_, err := backup(ctx, other, map[string]*image{"d": m}, backupOptions{chain: "vm", run: fmt.Sprintf("more%d", i)})
+		require.NoError(t, err)
+	}
+	close(ended)
+	require.NoError(t, g.Wait())
+}
 
 // TestUnfinishedInventoryEntry kills maintenance when of an entry of the inventory, and
 // one of them holds everything, only the copy is there: the entries before it count,
