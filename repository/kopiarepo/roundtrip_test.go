@@ -2,8 +2,11 @@ package kopiarepo_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
+	"strings"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -159,4 +162,37 @@ func TestOpeningTellsWhatIsWrong(t *testing.T) {
 	require.Equal(t, r.Info(), again.Info())
 	require.NoError(t, again.Close())
 	require.NoError(t, again.Close())
+}
+
+// TestNamesAreDurableBeforeTheRecord: the record of a point is created when the names of
+// all that was put before it are durable.
+func TestNamesAreDurableBeforeTheRecord(t *testing.T) {
+	ctx := context.Background()
+	rnd := seed(t)
+	cfg := config(t.TempDir())
+	var mu sync.Mutex
+	var undurable []string // puts since the last sync
+	records := 0
+	cfg.StorageHook = func(_ context.Context, op kopiarepo.StorageOp) (func(error) error, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case op.Kind == kopiarepo.OpPut:
+			undurable = append(undurable, op.Name)
+		case op.Kind == kopiarepo.OpSync:
+			undurable = nil
+		case op.Kind == kopiarepo.OpCreate && strings.HasPrefix(op.Name, "holdfast/records/"):
+			records++
+			if len(undurable) > 0 {
+				return nil, fmt.Errorf("a power cut would take the names of %v", undurable)
+			}
+		}
+		return nil, nil
+	}
+	r := create(t, cfg)
+	m := newImage(3*mib+700, mib)
+	m.fill(rnd, 1)
+	_, err := backup(ctx, r, map[string]*image{"d": m}, backupOptions{chain: "vm", run: "r"})
+	require.NoError(t, err)
+	require.Equal(t, 1, records)
 }
