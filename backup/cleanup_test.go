@@ -16,6 +16,22 @@ import (
 	"github.com/holdfast-backup/holdfast/repository"
 )
 
+// diesAt lets every call of the hypervisor fail from the first one of op on, and
+// returns whether that came.
+func (r *rig) diesAt(op fakes.Op) *atomic.Bool {
+	dead := &atomic.Bool{} // calls are made by several goroutines
+	r.hv = fakes.WithFaults(r.hv, fakes.InjectorFunc(func(c fakes.Call) fakes.Fault {
+		if c.Op == op {
+			dead.Store(true)
+		}
+		if dead.Load() {
+			return fakes.Fault{Err: errBroken}
+		}
+		return fakes.Fault{}
+	}))
+	return dead
+}
+
 // TestDeathAfterCommitCostsNoFullRead: the run dies after its commit and before it
 // has released the snapshot. Whoever releases it then keeps the baselines that the
 // point stands on.
@@ -26,16 +42,7 @@ func TestDeathAfterCommitCostsNoFullRead(t *testing.T) {
 			r.mustRun(nil)
 			r.scribble()
 			plain := r.hv
-			var dead atomic.Bool // calls are made by several goroutines
-			r.hv = fakes.WithFaults(plain, fakes.InjectorFunc(func(c fakes.Call) fakes.Fault {
-				if c.Op == fakes.OpRelease {
-					dead.Store(true)
-				}
-				if dead.Load() {
-					return fakes.Fault{Err: errBroken}
-				}
-				return fakes.Fault{}
-			}))
+			dead := r.diesAt(fakes.OpRelease)
 			res := r.mustRun(nil)
 			r.hv = plain
 			require.True(t, dead.Load())

@@ -20,16 +20,7 @@ import (
 func (r *rig) diesWithItsSnapshot() {
 	r.t.Helper()
 	plain := r.hv
-	var dead atomic.Bool // calls are made by several goroutines
-	r.hv = fakes.WithFaults(plain, fakes.InjectorFunc(func(c fakes.Call) fakes.Fault {
-		if c.Op == fakes.OpOpenDisk {
-			dead.Store(true)
-		}
-		if dead.Load() {
-			return fakes.Fault{Err: errBroken}
-		}
-		return fakes.Fault{}
-	}))
+	r.diesAt(fakes.OpOpenDisk)
 	res, err := r.run(r.t.Context(), nil)
 	require.ErrorIs(r.t, err, errBroken)
 	require.Empty(r.t, res.Point())
